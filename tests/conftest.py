@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# A test that reaches for the hub fails at once instead of waiting for a network that may not be there.
+# A test that reaches for the hub fails at once instead of waiting for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

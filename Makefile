@@ -1,0 +1,92 @@
+# The project's verbs. Each sets up what it needs, once: `make demo` and `make test` work in a fresh
+# clone with nothing but Python >= 3.11 (and pip's access to a package index on the first run).
+#
+#   make setup             create .venv with the package and what the tests need
+#   make demo              write a story with the bundled model
+#   make serve             the HTTP server (not built yet: says so)
+#   make lint              ruff and mypy
+#   make test              the default suite: kernels interpreted, kernels on a generic CPU, everything compiled
+#   make test-long         the tests marked `long`
+#   make test-interpreted  kernel tests as plain Python (NUMBA_DISABLE_JIT=1)
+#   make notebooks         execute every notebook in place
+#   make bench             measure every kernel against the machine's limits, rewrite the README table
+#   make docs              regenerate what is generated in the docs and check every link
+#
+# PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made from.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo serve lint test test-long test-interpreted notebooks bench docs
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest
+
+help:
+	@sed -n 's/^#   make /make /p' Makefile
+
+# ---- set-up: an environment, and one stamp per set of extras; pyproject.toml makes a stamp stale ----
+
+$(BIN)/python:
+	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	        echo "make: creating $(VENV) with $$("$$python" --version)"; \
+	        "$$python" -m venv $(VENV) && exit 0; \
+	        echo "make: '$$python -m venv' failed (on Debian and Ubuntu: apt install python3-venv)" >&2; \
+	        rm -rf $(VENV); exit 2; \
+	    fi; \
+	done; \
+	echo "make: Python >= 3.11 is needed and none was found on PATH; try: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
+	exit 2
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "make: installing pace-nb into $(VENV)"
+	@$(PIP_INSTALL) --editable . && touch $@
+
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "make: installing pace-nb[$*] into $(VENV)"
+	@$(PIP_INSTALL) --editable '.[$*]' && touch $@
+
+# ---- verbs ------------------------------------------------------------------------------------------
+
+setup: $(VENV)/.installed-test
+	@echo "make: ready; $(BIN)/pace-nb --help"
+
+demo: $(VENV)/.installed
+	@$(BIN)/pace-nb generate "Once upon a time" --stats
+
+serve:
+	@echo "make serve: the HTTP server is not built yet (see CHANGELOG.md); $(BIN)/pace-nb chat talks to a model here" >&2
+	@exit 2
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The three runs of the kernel tests: as plain Python, for a CPU without AVX, for this CPU (in the whole suite).
+test: $(VENV)/.installed-test
+	NUMBA_DISABLE_JIT=1 $(PYTEST) -q tests/kernels
+	NUMBA_CPU_NAME=generic $(PYTEST) -q tests/kernels
+	$(PYTEST) -q
+
+test-long: $(VENV)/.installed-test
+	$(PYTEST) -q -m long
+
+test-interpreted: $(VENV)/.installed-test
+	NUMBA_DISABLE_JIT=1 $(PYTEST) -q tests/kernels
+
+notebooks: $(VENV)/.installed-notebooks
+	@found=0; for notebook in notebooks/[0-9][0-9]_*.ipynb; do \
+	    [ -e "$$notebook" ] || continue; found=1; echo "make: executing $$notebook"; \
+	    $(BIN)/jupyter execute --inplace "$$notebook" || exit 1; \
+	done; [ $$found = 1 ] || echo "make notebooks: there are no notebooks/NN_*.ipynb yet"
+
+bench: $(VENV)/.installed-test
+	@for bench in bench/kernels/bench_*.py; do $(BIN)/python "$$bench" || exit 1; done
+	$(BIN)/python bench/readme_table.py
+
+docs: $(VENV)/.installed-test
+	$(BIN)/python bench/readme_table.py
+	$(PYTEST) -q tests/architecture/test_docs.py

@@ -1,0 +1,86 @@
+"""Writes the table of measured results in README.md from `bench/results/*.json`.
+
+Knows the result schema and the two markers in the README. Measures nothing.
+
+    python bench/readme_table.py           # rewrite the README's table
+    python bench/readme_table.py --check   # exit 1 when the table is not what the results give
+
+A result file holds {"bench": name, "machine": {key: value}, "rows": [{"case", "value", "unit",
+"limit", "limit_unit", "share"}]}: `limit` was measured in the same process, `share` is how much of
+it was reached (1.0 is all). A table is never typed by hand, so it cannot drift from the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN = "<!-- results: begin (bench/readme_table.py writes what is between these marks) -->"
+END = "<!-- results: end -->"
+
+
+def number(value: float) -> str:
+    """Three significant figures, without an exponent for everyday sizes."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in machine.items())
+
+
+def render(results: Path) -> str:
+    """The Markdown between the marks, for every `*.json` in `results` (by file name)."""
+    records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    if not records:
+        return "No results have been recorded yet; `make bench` records them."
+    lines = [
+        "| bench | case | measured | limit, same process | share |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for record in records:
+        for row in record["rows"]:
+            lines.append(
+                f"| {record['bench']} | {row['case']} | {number(row['value'])} {row['unit']} "
+                f"| {number(row['limit'])} {row['limit_unit']} | {row['share']:.0%} |"
+            )
+    machines = list(dict.fromkeys(machine_line(record["machine"]) for record in records))
+    lines += ["", *(f"Measured on: {machine}." for machine in machines)]
+    return "\n".join(lines)
+
+
+def replaced(readme: str, table: str) -> str:
+    """`readme` with `table` between the marks."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError("README.md must hold each results mark exactly once")
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the README's table from bench/results.")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 on a difference"
+    )
+    options = parser.parse_args(arguments)
+    readme = ROOT / "README.md"
+    current = readme.read_text()
+    wanted = replaced(current, render(ROOT / "bench" / "results"))
+    if options.check:
+        if current != wanted:
+            print(
+                "README.md: the table differs from bench/results; run `make docs`", file=sys.stderr
+            )
+        return int(current != wanted)
+    if current != wanted:
+        readme.write_text(wanted)
+        print("README.md: table rewritten")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
