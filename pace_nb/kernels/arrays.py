@@ -1,0 +1,74 @@
+"""The checks that kernel wrappers make before a kernel runs, and the flat views that kernels are given.
+
+Kernels have no bounds checks: a shape that passes here is what keeps them inside their arrays. Errors are one line,
+name the kernel and the argument, and say what was expected (TypeError for dtypes, ValueError for the rest).
+Knows: NumPy arrays. Does not know: any kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+STORAGE = (
+    np.uint16,
+    np.float32,
+)  # BF16 bits, float32: what weights, activations and caches are stored as
+
+
+def require(
+    kernel: str,
+    name: str,
+    x: Array,
+    shape: Sequence[int | str | None],
+    dtypes: Sequence[Any] = (np.float32,),
+) -> None:
+    """`x` must be an ndarray of one of `dtypes` and of `shape`; a letter or None in `shape` stands for any size."""
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"{kernel}: {name} is {type(x).__name__}, expected numpy.ndarray")
+    if x.dtype not in [np.dtype(d) for d in dtypes]:
+        wanted = " or ".join(np.dtype(d).name for d in dtypes)
+        raise TypeError(f"{kernel}: {name} has dtype {x.dtype}, expected {wanted}")
+    fits = x.ndim == len(shape) and all(
+        not isinstance(want, int) or want == have for want, have in zip(shape, x.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{kernel}: {name} has shape {x.shape}, expected ({wanted})")
+
+
+def writable(kernel: str, name: str, x: Array) -> None:
+    """`x` is written by the kernel: it must be contiguous and writable."""
+    if not x.flags.c_contiguous or not x.flags.writeable:
+        raise ValueError(f"{kernel}: {name} is not a contiguous, writable array")
+
+
+def flat_rows(x: Array) -> tuple[Array, int]:
+    """(1-D array over the memory of 2-D `x`, elements from one row to the next), without a copy where rows are
+    contiguous and go forward; a copy otherwise."""
+    row, element = x.strides
+    usable = x.shape[1] <= 1 or element == x.itemsize
+    if (
+        x.size == 0
+        or not usable
+        or row % x.itemsize
+        or (x.shape[0] > 1 and row < x.itemsize * x.shape[1])
+    ):
+        x = np.ascontiguousarray(x)
+        return x.reshape(-1), x.shape[1]
+    if x.shape[0] == 1:
+        row = x.itemsize * x.shape[1]
+    stride = row // x.itemsize
+    length = (x.shape[0] - 1) * stride + x.shape[1]
+    return np.lib.stride_tricks.as_strided(x, (length,), (x.itemsize,)), stride
+
+
+def in_range(kernel: str, name: str, x: Array, end: int) -> None:
+    """Every index in `x` must be in 0 .. end - 1 (one vectorised pass)."""
+    if x.size and (int(x.min()) < 0 or int(x.max()) >= end):
+        bad = x[(x < 0) | (x >= end)].flat[0]
+        raise ValueError(f"{kernel}: {name} holds {bad}, expected 0 to {end - 1}")

@@ -1,0 +1,218 @@
+"""norm.py against its float64 references: shapes, dtypes, strides, NaN, aliasing, threads, bad input."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pace_nb.kernels import jit
+from pace_nb.kernels.bf16 import from_f32, widen
+from pace_nb.kernels.norm import (
+    add_layer_norm,
+    add_layer_norm_ref,
+    add_rms_norm,
+    add_rms_norm_ref,
+    layer_norm,
+    layer_norm_ref,
+    rms_norm,
+    rms_norm_ref,
+)
+
+Array = NDArray[Any]
+EPS = 1e-5
+SHAPES = [(1, 1), (3, 15), (2, 16), (5, 17), (4, 63), (4, 64), (3, 65), (2, 781), (1, 2048)]
+if not jit.INTERPRETED:
+    SHAPES += [(1823, 781), (7, 8192)]
+
+
+def sample(shape: tuple[int, int], dtype: Any, offset: float = 0.0) -> tuple[Array, ...]:
+    """x, residual, weight, bias; `offset` moves x away from zero mean."""
+    rng = np.random.default_rng(sum(shape))
+    x = (rng.standard_normal(shape) + offset).astype(np.float32)
+    residual = rng.standard_normal(shape).astype(np.float32)
+    weight, bias = (rng.standard_normal(shape[1]).astype(np.float32) for _ in range(2))
+    return (from_f32(x) if dtype == np.uint16 else x), residual, weight, bias
+
+
+def bound(ref: Array, x: Array, weight: Array, out_dtype: Any) -> Array:
+    """The bound that the docstring declares, plus the rounding of the output."""
+    e = x.shape[1]
+    x = widen(x)
+    spread = np.abs(x).max(-1, keepdims=True) / np.sqrt(x.var(-1, keepdims=True) + EPS)
+    sums = (e / 64 + 9) * 2.0**-24 * (np.abs(ref) + np.abs(weight) * spread)
+    return sums + np.abs(ref) * (2.0**-8 if out_dtype == np.uint16 else 2.0**-23) + 1e-30
+
+
+def assert_close(y: Array, ref: Array, x: Array, weight: Array) -> None:
+    error = np.abs(widen(y) - ref)
+    assert np.all(error <= bound(ref, x, weight, y.dtype)), float(
+        (error / bound(ref, x, weight, y.dtype)).max()
+    )
+
+
+@pytest.mark.parametrize("out_dtype", [np.float32, np.uint16])
+@pytest.mark.parametrize("x_dtype", [np.float32, np.uint16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_reference(shape: tuple[int, int], x_dtype: Any, out_dtype: Any) -> None:
+    x, residual, weight, bias = sample(shape, x_dtype)
+    assert_close(rms_norm(x, weight, EPS, dtype=out_dtype), rms_norm_ref(x, weight, EPS), x, weight)
+    for b in (bias, None):
+        assert_close(
+            layer_norm(x, weight, b, EPS, dtype=out_dtype),
+            layer_norm_ref(x, weight, b, EPS),
+            x,
+            weight,
+        )
+    total, ref = add_rms_norm_ref(x, residual, weight, EPS)
+    r = residual.copy()
+    assert_close(add_rms_norm(x, r, weight, EPS, dtype=out_dtype), ref, total, weight)
+    np.testing.assert_array_equal(r, total)
+    total, ref = add_layer_norm_ref(x, residual, weight, bias, EPS)
+    r = residual.copy()
+    assert_close(add_layer_norm(x, r, weight, bias, EPS, dtype=out_dtype), ref, total, weight)
+    np.testing.assert_array_equal(r, total)
+
+
+def test_references_agree_with_plain_formulas() -> None:
+    x, _, weight, bias = sample((2, 5), np.float32)
+    row, w, b = x[1].astype(float), weight.astype(float), bias.astype(float)
+    np.testing.assert_allclose(
+        rms_norm_ref(x, weight, EPS)[1], row / (sum(row**2) / 5 + EPS) ** 0.5 * w
+    )
+    mean = sum(row) / 5
+    std = (sum((row - mean) ** 2) / 5 + EPS) ** 0.5
+    np.testing.assert_allclose(layer_norm_ref(x, weight, bias, EPS)[1], (row - mean) / std * w + b)
+
+
+def test_layer_norm_far_from_zero_mean_does_not_cancel() -> None:
+    x, _, weight, bias = sample((3, 300), np.float32, offset=1000.0)
+    assert_close(layer_norm(x, weight, bias, EPS), layer_norm_ref(x, weight, bias, EPS), x, weight)
+
+
+@pytest.mark.parametrize("x_dtype", [np.float32, np.uint16])
+def test_strided_and_misaligned_rows_give_the_same_bits(x_dtype: Any) -> None:
+    x, _, weight, _ = sample((6, 40), x_dtype)
+    wide = np.zeros((6, 57), x_dtype)
+    wide[:, 1:41] = x
+    plain = rms_norm(x, weight, EPS)
+    np.testing.assert_array_equal(rms_norm(wide[:, 1:41], weight, EPS), plain)
+    np.testing.assert_array_equal(rms_norm(x[::2], weight, EPS), plain[::2])
+    np.testing.assert_array_equal(rms_norm(x[::-1], weight, EPS), plain[::-1])
+    np.testing.assert_array_equal(rms_norm(np.asfortranarray(x), weight, EPS), plain)
+    np.testing.assert_array_equal(
+        rms_norm(np.broadcast_to(x[:1], (4, 40)), weight, EPS), plain[[0] * 4]
+    )
+
+
+def test_out_may_be_x_itself() -> None:
+    x, _, weight, bias = sample((5, 33), np.float32)
+    expected = layer_norm(x, weight, bias, EPS)
+    assert layer_norm(x, weight, bias, EPS, out=x) is x
+    np.testing.assert_array_equal(x, expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("column", [0, 16, 39])
+def test_nan_and_infinity_stay_in_their_row(bad: float, column: int) -> None:
+    x, residual, weight, bias = sample((3, 40), np.float32)
+    clean = [f(x, weight, EPS) for f in (rms_norm, partial(layer_norm_with, bias))]
+    x[1, column] = bad
+    for f, before in zip((rms_norm, partial(layer_norm_with, bias)), clean, strict=True):
+        y = f(x, weight, EPS)
+        np.testing.assert_array_equal(y[[0, 2]], before[[0, 2]])
+        assert np.isnan(y[1, column])
+        if np.isnan(bad):
+            assert np.isnan(y[1]).all()
+    assert np.isnan(add_rms_norm(x, residual, weight, EPS)[1, column])
+
+
+def layer_norm_with(bias: Array, x: Array, weight: Array, eps: float) -> Array:
+    return layer_norm(x, weight, bias, eps)
+
+
+def test_a_row_does_not_depend_on_the_others_or_on_threads() -> None:
+    x, _, weight, bias = sample((37, 130), np.float32)
+    threads = jit.num_threads()
+    try:
+        results = []
+        for n in {1, threads}:
+            jit.set_num_threads(n)
+            results.append((rms_norm(x, weight, EPS), layer_norm(x, weight, bias, EPS)))
+    finally:
+        jit.set_num_threads(threads)
+    for r in results:
+        np.testing.assert_array_equal(r[0], results[0][0])
+        np.testing.assert_array_equal(r[1], results[0][1])
+    np.testing.assert_array_equal(rms_norm(x[5:6], weight, EPS), results[0][0][5:6])
+
+
+@pytest.mark.skipif(jit.INTERPRETED, reason="needs both a compiled and an interpreted body")
+def test_compiled_and_interpreted_agree() -> None:
+    """One source, two executions: they differ only where NumPy rounds an fma twice."""
+    code = (
+        "import sys, numpy as np; from pace_nb.kernels.norm import rms_norm; "
+        "d = np.load(sys.argv[1]); np.save(sys.argv[2], rms_norm(d['x'], d['weight'], 1e-5))"
+    )
+    x, _, weight, _ = sample((3, 100), np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        given, result = Path(folder, "in.npz"), Path(folder, "out.npy")
+        np.savez(given, x=x, weight=weight)
+        environment = os.environ | {"NUMBA_DISABLE_JIT": "1"}
+        subprocess.run([sys.executable, "-c", code, given, result], check=True, env=environment)
+        np.testing.assert_array_almost_equal_nulp(np.load(result), rms_norm(x, weight, EPS), 2)
+
+
+def test_reference_mode_runs_the_reference() -> None:
+    x, residual, weight, bias = sample((3, 20), np.uint16)
+    with jit.using("reference"):
+        y = rms_norm(x, weight, EPS, dtype=np.uint16)
+        r = residual.copy()
+        z = add_layer_norm(x, r, weight, bias, EPS)
+    assert y.dtype == np.uint16
+    np.testing.assert_array_equal(
+        widen(y), widen(from_f32(rms_norm_ref(x, weight, EPS).astype(np.float32)))
+    )
+    np.testing.assert_array_equal(
+        z, add_layer_norm_ref(x, residual, weight, bias, EPS)[1].astype(np.float32)
+    )
+    np.testing.assert_array_equal(r, add_layer_norm_ref(x, residual, weight, bias, EPS)[0])
+
+
+def test_no_rows_is_fine() -> None:
+    weight = np.ones(8, np.float32)
+    assert rms_norm(np.zeros((0, 8), np.float32), weight, EPS).shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": np.zeros((2, 8))}, "x has dtype float64, expected uint16 or float32"),
+        ({"x": np.zeros(8, np.float32)}, r"x has shape \(8,\), expected \(T, E\)"),
+        ({"weight": np.ones(7, np.float32)}, r"weight has shape \(7,\), expected \(8\)"),
+        ({"out": np.zeros((3, 8), np.float32)}, r"out has shape \(3, 8\), expected \(2, 8\)"),
+        ({"out": np.zeros((2, 16), np.float32)[:, ::2]}, "out is not a contiguous, writable array"),
+        ({"eps": float("nan")}, "eps is nan"),
+        (
+            {"x": np.zeros((2, 0), np.float32), "weight": np.zeros(0, np.float32)},
+            "x has shape .*one column",
+        ),
+        ({"x": [[1.0]]}, "x is list, expected numpy.ndarray"),
+    ],
+)
+def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> None:
+    arguments = {
+        "x": np.zeros((2, 8), np.float32),
+        "weight": np.ones(8, np.float32),
+        "eps": EPS,
+    } | change
+    with pytest.raises((TypeError, ValueError), match=f"rms_norm: {message}"):
+        rms_norm(**arguments)
