@@ -1,0 +1,130 @@
+"""`EngineConfig` and `CacheConfig`: every option of an engine, validated once, frozen.
+
+Knows option names (vLLM's), defaults and legal values. Does not know what a model or a machine
+offers: options left `None` are resolved where that is known (`max_model_len` in llm.py, the pool
+size in kv_cache/budget.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pace_nb.errors import ConfigError
+
+DTYPES = ("bfloat16", "float32")
+KV_CACHE_KINDS = ("contiguous",)
+KERNELS = ("numba", "reference")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options of one engine.
+
+    Attributes:
+        model: Local directory, hub name, or None for the bundled demo model.
+        tokenizer: The same, where it is not the model's own.
+        revision: Branch, tag or commit on the hub.
+        dtype: Storage of weights, GEMM inputs and KV cache. "auto" is bfloat16, whatever the
+            checkpoint holds.
+        max_model_len: Longest sequence, prompt and output together; None is what the model was
+            made for.
+        max_num_seqs: Requests that run at the same time; the others wait. 32, not vLLM's 256: at a
+            few dozen rows a CPU turns from bound by memory to bound by arithmetic, and from there
+            more rows only stretch every step.
+        max_num_batched_tokens: Token budget of a step. Decodes take theirs first, one each; prefill
+            gets what is left.
+        enable_chunked_prefill: A prompt that exceeds what is left of the budget runs in pieces.
+            Off: a prompt runs whole, and the first prompt of a step may exceed the budget.
+        kv_cache: How keys and values are stored.
+        kv_cache_memory_bytes: Size of the KV pool; None takes it from the available memory.
+        kernels: "numba" is compiled; "reference" is the whole engine in plain NumPy.
+        seed: Of the engine. Requests without a seed of their own draw one from it, in order of
+            arrival.
+        num_threads: Threads of the compiled kernels; None is what affinity and cgroup allow.
+
+    Raises:
+        ConfigError: naming the field, the value and what was expected, in one line.
+    """
+
+    model: str | Path | None = None
+    tokenizer: str | Path | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 2048
+    enable_chunked_prefill: bool = True
+    kv_cache: str = "contiguous"
+    kv_cache_memory_bytes: int | None = None
+    kernels: str = "numba"
+    seed: int = 0
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype == "auto":
+            object.__setattr__(self, "dtype", "bfloat16")  # past `frozen`, before anyone looks
+        _expect_choice("dtype", self.dtype, DTYPES)
+        _expect_choice("kv_cache", self.kv_cache, KV_CACHE_KINDS)
+        _expect_choice("kernels", self.kernels, KERNELS)
+        for name in ("model", "tokenizer"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str | Path) or not str(value)):
+                raise ConfigError(f"{name} must be a directory, a hub name or None, got {value!r}")
+        if self.revision is not None and (not isinstance(self.revision, str) or not self.revision):
+            raise ConfigError(f"revision must be a non-empty string or None, got {self.revision!r}")
+        if not isinstance(self.enable_chunked_prefill, bool):
+            raise ConfigError(
+                f"enable_chunked_prefill must be a bool, got {self.enable_chunked_prefill!r}"
+            )
+        _expect_positive("max_num_seqs", self.max_num_seqs)
+        _expect_positive("max_num_batched_tokens", self.max_num_batched_tokens)
+        for name in ("max_model_len", "kv_cache_memory_bytes", "num_threads"):
+            if getattr(self, name) is not None:
+                _expect_positive(name, getattr(self, name))
+        if not _is_int(self.seed):
+            raise ConfigError(f"seed must be an int, got {self.seed!r}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.max_num_seqs}): each running request decodes a token per step"
+            )
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The resolved size of a KV cache.
+
+    Attributes:
+        kind: One of KV_CACHE_KINDS.
+        num_tokens: Tokens that the pool holds, all requests together; a multiple of 16.
+        max_model_len: Longest sequence; it sets how far a contiguous sequence grows at a time.
+
+    Raises:
+        ConfigError: for a size that is not positive or not a multiple of 16.
+    """
+
+    kind: str
+    num_tokens: int
+    max_model_len: int
+
+    def __post_init__(self) -> None:
+        _expect_choice("kind", self.kind, KV_CACHE_KINDS)
+        _expect_positive("num_tokens", self.num_tokens)
+        _expect_positive("max_model_len", self.max_model_len)
+        if self.num_tokens % 16:
+            raise ConfigError(f"num_tokens must be a multiple of 16, got {self.num_tokens}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _expect_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be an int >= 1, got {value!r}")
+
+
+def _expect_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
