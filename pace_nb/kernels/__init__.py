@@ -1,5 +1,6 @@
-"""Compute kernels: arrays in, arrays out. Knows numpy, numba and llvmlite; knows no config, request or model.
+"""Compute kernels: arrays in, arrays out.
 
-This package can be lifted out and used alone. `README.md` beside this file lists every kernel with its
-formula, the bytes it moves and its error bound; `jit.py` is the one place that decides how code is compiled.
+Knows numpy, numba and llvmlite; knows no config, request or model. This package can be lifted out
+and used alone. `README.md` beside this file lists every kernel with its formula, the bytes it moves
+and its error bound; `jit.py` is the one place that decides how code is compiled.
 """

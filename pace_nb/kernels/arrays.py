@@ -1,7 +1,8 @@
-"""The checks that kernel wrappers make before a kernel runs, and the flat views that kernels are given.
+"""The checks that wrappers make before a kernel runs, and the flat views that kernels are given.
 
-Kernels have no bounds checks: a shape that passes here is what keeps them inside their arrays. Errors are one line,
-name the kernel and the argument, and say what was expected (TypeError for dtypes, ValueError for the rest).
+Kernels have no bounds checks: a shape that passes here is what keeps them inside their arrays.
+Errors are one line, name the kernel and the argument, and say what was expected (TypeError for
+dtypes, ValueError for the rest).
 Knows: NumPy arrays. Does not know: any kernel.
 """
 
@@ -27,7 +28,7 @@ def require(
     shape: Sequence[int | str | None],
     dtypes: Sequence[Any] = (np.float32,),
 ) -> None:
-    """`x` must be an ndarray of one of `dtypes` and of `shape`; a letter or None in `shape` stands for any size."""
+    """`x` must be an ndarray of one of `dtypes` and of `shape`, where a letter or None fits all."""
     if not isinstance(x, np.ndarray):
         raise TypeError(f"{kernel}: {name} is {type(x).__name__}, expected numpy.ndarray")
     if x.dtype not in [np.dtype(d) for d in dtypes]:
@@ -48,8 +49,10 @@ def writable(kernel: str, name: str, x: Array) -> None:
 
 
 def flat_rows(x: Array) -> tuple[Array, int]:
-    """(1-D array over the memory of 2-D `x`, elements from one row to the next), without a copy where rows are
-    contiguous and go forward; a copy otherwise."""
+    """(1-D array over the memory of 2-D `x`, elements from one row to the next).
+
+    Without a copy where rows are contiguous and go forward; of a copy otherwise.
+    """
     row, element = x.strides
     usable = x.shape[1] <= 1 or element == x.itemsize
     if (

@@ -1,10 +1,11 @@
-"""BF16 as uint16: the upper half of a float32. Conversions in NumPy, for tests, references and loading.
+"""BF16 as uint16, the upper half of a float32: conversions for tests, references and loading.
 
     to_f32(u)   = float with bits u << 16                       exact
-    from_f32(x) = round to nearest, ties to even                relative error <= 2**-8 (half an ULP of 8 bits)
-NaN stays NaN with its sign (quiet bit set); infinities and values above the largest BF16 go to infinity; denormals
-are rounded like any number. NumPy has no BF16 type, hence uint16 storage (docs/adr/0002). Kernels convert in
-registers (`lanes.load`, `lanes.store`) with the same bits. Source: bfloat16 as in IEEE-754 binary32's top half.
+    from_f32(x) = round to nearest, ties to even                relative error <= 2**-8
+NaN stays NaN with its sign (quiet bit set); infinities and values above the largest BF16 go to
+infinity; denormals are rounded like any number. NumPy has no BF16 type, hence uint16 storage
+(docs/adr/0002). Kernels convert in registers (`lanes.load`, `lanes.store`) with the same bits.
+Source: bfloat16 as in IEEE-754 binary32's top half.
 Notebook: 02 bf16. Ledger: lanes.
 """
 
@@ -34,7 +35,7 @@ def from_f32(x: Array) -> NDArray[np.uint16]:
 
 
 def widen(x: Array) -> NDArray[np.float64]:
-    """Storage (uint16 as BF16, or float32) to float64, exactly: what every `*_ref` computes with."""
+    """Storage (uint16 as BF16, or float32) to float64, exactly: what each `*_ref` computes with."""
     return (to_f32(x) if x.dtype == np.uint16 else x).astype(np.float64)
 
 

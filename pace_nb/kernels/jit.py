@@ -1,19 +1,21 @@
 """How kernels are compiled, cached, threaded and switched off. The only place with njit flags.
 
-Knows: numba's flags, the CPU's features, the threading layer, the thread count that affinity and cgroup allow,
-the on-disk cache of machine code, and whether an operation runs compiled or as its `*_ref` (`using`).
-Does not know: any kernel.
+Knows: numba's flags, the CPU's features, the threading layer, the thread count that affinity and
+cgroup allow, the on-disk cache of machine code, and whether an operation runs compiled or as its
+`*_ref` (`using`). Does not know: any kernel.
 
 Import this module before numba: numba reads its thread count once, when it is first imported.
 
 Decisions, each with its reason:
-- No fastmath. Lanes say `fma` where they want one, so every result is the one the source spells out, the same in
-  every kernel that shares a device function; `nnan`/`ninf` would also fold `isnan` away (docs/adr/0010).
+- No fastmath. Lanes say `fma` where they want one, so every result is the one the source spells
+  out, the same in every kernel that shares a device function; `nnan`/`ninf` would also fold `isnan`
+  away (docs/adr/0010).
 - `error_model="numpy"`: a division never raises, so no kernel has an exception path.
 - `nogil`: the kernel thread must not stop Python threads.
-- Cache: numba's own index has cross-process races (numba#4807: two signatures may share a data file), its files
-  are unauthenticated pickles and its freshness test sees only the defining file. So: one file per signature, a
-  SHA-256 at its end, in a private 0700 directory whose name hashes all kernel sources, versions and CPU features.
+- Cache: numba's own index has cross-process races (numba#4807: two signatures may share a data
+  file), its files are unauthenticated pickles and its freshness test sees only the defining file.
+  So: one file per signature, a SHA-256 at its end, in a private 0700 directory whose name hashes
+  all kernel sources, versions and CPU features.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from tqdm import tqdm
 
 # ---- threads: what affinity and cgroup allow -----------------------------------------------------
 def _cgroup_cpu_quota() -> float:
-    """CPUs that the cgroup's quota is worth (v2 `cpu.max`, v1 `cpu.cfs_*`); infinity without a quota."""
+    """CPUs that the cgroup's quota is worth (v2 `cpu.max`, v1 `cpu.cfs_*`), or infinity."""
     for path, split in (
         ("/sys/fs/cgroup/cpu.max", True),
         ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", False),
@@ -77,7 +79,7 @@ if "numba" not in sys.modules:
     os.environ.setdefault(
         "NUMBA_NUM_THREADS", os.environ.get("PACE_NB_NUM_THREADS") or str(allowed_threads())
     )
-    # `workqueue` is numba's own pool: it works everywhere but is not safe to enter from two threads.
+    # `workqueue`, numba's own pool, works everywhere but is not safe to enter from two threads.
     os.environ.setdefault("NUMBA_THREADING_LAYER", "omp" if _libgomp_present() else "workqueue")
 
 import llvmlite  # noqa: E402
@@ -108,13 +110,13 @@ def set_num_threads(n: int) -> None:
 
 
 def threading_layer() -> str:
-    """`omp`, `tbb` or `workqueue`: what runs `prange` (chosen at import, see the module docstring)."""
+    """`omp`, `tbb` or `workqueue`: what runs `prange` (chosen when this module is imported)."""
     return "none (interpreted)" if INTERPRETED else str(numba_config.THREADING_LAYER)
 
 
 # ---- the CPU -------------------------------------------------------------------------------------
 def cpu_features() -> frozenset[str]:
-    """LLVM's names of the features that code is compiled for; empty for `NUMBA_CPU_NAME=generic`."""
+    """LLVM's names of the features compiled for; empty for `NUMBA_CPU_NAME=generic`."""
     if INTERPRETED:
         return frozenset()
     from numba.core.registry import cpu_target
@@ -159,8 +161,10 @@ def use_reference() -> bool:
 
 # ---- the cache of machine code -------------------------------------------------------------------
 def _cache_key() -> str:
-    """Everything that machine code depends on. `kernels/` imports nothing else of the package (tested), so its
-    sources are all the sources that count."""
+    """Hash of everything that machine code depends on.
+
+    `kernels/` imports nothing else of the package (tested), so its sources are all that count.
+    """
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
@@ -179,7 +183,7 @@ def _cache_key() -> str:
 
 
 def _private_directory(path: Path) -> Path:
-    """Create `path` as 0700, or refuse it: a cached kernel is code, so nobody else may write there."""
+    """Create `path` as 0700, or refuse it: a cached kernel is code, nobody else may write there."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     facts = path.lstat()
     if not stat.S_ISDIR(facts.st_mode):
@@ -194,7 +198,7 @@ def _private_directory(path: Path) -> Path:
     return path
 
 
-KEPT_KEYS = 4  # cache directories of older sources that are kept: a few checkouts or environments side by side
+KEPT_KEYS = 4  # older cache directories kept: a few checkouts or environments side by side
 
 
 def _open_cache() -> tuple[Path | None, str]:
@@ -238,11 +242,12 @@ def cache_state() -> str:
     return f"{_cache_note}" + (f", {files} compiled" if _cache_dir else "")
 
 
-DIGEST = 32  # bytes of SHA-256 at the end of a cache file; unpickling ignores what follows the pickle's STOP
+# Bytes of SHA-256 at the end of a cache file; unpickling ignores what follows the pickle's STOP.
+DIGEST = 32
 
 
 class _OneFilePerSignature(IndexDataCacheFile):
-    """Numba's data files without its index: the name is a hash of the key, so processes cannot mix them up."""
+    """Numba's data files without its index: named by a hash of the key, never mixed up."""
 
     def _file_name(self, key: object) -> str:
         stem = Path(self._data_name_pattern).name.split("-")[0]
@@ -267,7 +272,7 @@ class _OneFilePerSignature(IndexDataCacheFile):
 
 
 class _KernelCache(FunctionCache):
-    """A cache whose errors never reach the caller: a bad file wipes the directory, a full disk only warns."""
+    """A cache whose errors never reach the caller: a bad file wipes it, a full disk only warns."""
 
     def __init__(self, py_func: Callable[..., Any]) -> None:
         super().__init__(py_func)
@@ -312,9 +317,9 @@ def num_compiled() -> int:
 
 @contextlib.contextmanager
 def compile_progress(disable: bool | None = None) -> Iterator[None]:
-    """Inside the block a bar on stderr names each kernel while it compiles; nothing shows when all are cached.
+    """Inside the block a bar on stderr names each kernel while it compiles.
 
-    `disable=None` means: only on a terminal, as tqdm does.
+    Nothing shows when all are cached. `disable=None` means: only on a terminal, as tqdm does.
     """
     global _bar, _bar_wanted
     _bar_wanted = disable is False or (disable is None and sys.stderr.isatty())
@@ -338,7 +343,7 @@ def _announce_compile(name: str) -> None:
 
 # ---- decorators ----------------------------------------------------------------------------------
 def kernel(func: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled entry point with one `prange` loop. Called from Python by its wrapper, which has checked everything."""
+    """A compiled entry point with one `prange` loop, called by a wrapper that checks all."""
     compiled: Any = numba.njit(parallel=True, nogil=True, error_model="numpy")(func)
     if _cache_dir is not None:
         with _numba_cache_in(_cache_dir):
@@ -354,7 +359,7 @@ def device_fn(func: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _numba_cache_in(path: Path) -> Iterator[None]:
-    """Numba asks its config for the cache directory while a cache object is made, so set it just for that."""
+    """Numba reads its cache directory's name while a cache is made: set it just for that."""
     before = numba_config.CACHE_DIR
     numba_config.CACHE_DIR = str(path)
     try:

@@ -1,23 +1,24 @@
-"""The vocabulary that kernels are written in: 16-lane vectors and register tiles, each operation with two bodies.
+"""The vocabulary of the kernels: 16-lane vectors and register tiles, operations with two bodies.
 
-The NumPy body is the function you read here: it runs when kernels are interpreted (`NUMBA_DISABLE_JIT=1`), can be
-stepped through and counted, and defines what the operation means. The LLVM body beneath it is what a compiled
-kernel gets; both give the same bits, but for `fma` and `tile_dot`, whose NumPy bodies round twice in rare cases
-(NumPy has no fused multiply-add).
+The NumPy body is the function you read here: it runs when kernels are interpreted
+(`NUMBA_DISABLE_JIT=1`), can be stepped through and counted, and defines what the operation means.
+The LLVM body beneath it is what a compiled kernel gets; both give the same bits, but for `fma` and
+`tile_dot`, whose NumPy bodies round twice in rare cases (NumPy has no fused multiply-add).
 
 Values
     f32x16   16 float32 lanes, one AVX-512 register (LLVM splits it where registers are narrower)
     i32x16   16 int32 lanes
     bf16x32  16 pairs of BF16, as they lie in memory (uint16); only ever an operand of a dot product
-    Tile     MR rows by NV vectors of float32 accumulators, held in registers: MR * NV + NV + 1 <= 32
+    Tile     MR rows by NV vectors of float32 accumulators: MR * NV + NV + 1 <= 32 registers
 Memory
-    every array is flat (1-D, contiguous) and addressed by element offset; `float32` is itself, `uint16` is BF16.
-    `load`/`store` convert, so one kernel source serves both storage types.
+    every array is flat (1-D, contiguous) and addressed by element offset; `float32` is itself,
+    `uint16` is BF16. `load`/`store` convert, so one kernel source serves both storage types.
 Cautions
     nothing is bounds-checked; `*_tail(..., n)` touches only the first n lanes (0 <= n <= 16).
-    BF16 dot products: on CPUs with avx512bf16 `vdpbf16ps` flushes denormals to zero, the fallback keeps them.
-Source: the tile as a value type was proven in a spike (230 of 232 GFLOP/s on one Zen 4 core); two bodies follow
-    Triton's interpreter mode. Notebook: 01 lanes. Ledger: lanes.
+    BF16 dot products: on CPUs with avx512bf16 `vdpbf16ps` flushes denormals to zero, the fallback
+    keeps them.
+Source: the tile as a value type was proven in a spike (230 of 232 GFLOP/s on one Zen 4 core); two
+    bodies follow Triton's interpreter mode. Notebook: 01 lanes. Ledger: lanes.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ bf16x32 = _BF16x32(
 
 
 class TileType(types.Type):
-    """MR rows by NV vectors of float32; each size is its own type, so a tile always lives in registers."""
+    """MR rows by NV vectors of float32; each size is its own type, so a tile lives in registers."""
 
     def __init__(self, mr: int, nv: int) -> None:
         self.mr, self.nv = mr, nv
@@ -113,8 +114,8 @@ Emit = Callable[[Any, ir.IRBuilder, Any, Any], Any]
 def llvm_body(function: Any, returns: Callable[..., Any]) -> Callable[[Emit], Emit]:
     """Give `function` (a NumPy body, or an operator) an LLVM body.
 
-    `returns(*argument_types)` is the result's type, or None where the types are not ours. Sizes written as numbers
-    arrive as literal types, so `tile_zeros(6, 4)` knows its tile.
+    `returns(*argument_types)` is the result's type, or None where the types are not ours. Sizes
+    written as numbers arrive as literal types, so `tile_zeros(6, 4)` knows its tile.
     """
 
     class Template(AbstractTemplate):
@@ -189,7 +190,7 @@ def _widen(bld: ir.IRBuilder, u16: Any) -> Any:
 
 
 def _narrow(ctx: Any, bld: ir.IRBuilder, v: Any) -> Any:
-    """float32 to BF16 bits, round to nearest even, NaN to the quiet NaN of its sign (`bf16.from_f32`)."""
+    """float32 to BF16 bits, to nearest even, NaN to the quiet NaN of its sign (`bf16.from_f32`)."""
     bits = bld.bitcast(v, _I32X16)
     odd = bld.and_(bld.lshr(bits, _i32_splat(16)), _i32_splat(1))
     rounded = bld.lshr(bld.add(bits, bld.add(odd, _i32_splat(0x7FFF))), _i32_splat(16))
@@ -321,7 +322,7 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
 
 
 def _register_arithmetic() -> None:
-    """a + b, a - b, a * b, a / b, -a on f32x16 are themselves in NumPy; here are their LLVM bodies."""
+    """a + b, a - b, a * b, a / b, -a on f32x16 need no NumPy body; here are the LLVM ones."""
 
     def binary(emit_name: str) -> Emit:
         return lambda ctx, bld, sig, args: getattr(bld, emit_name)(*args)
@@ -404,13 +405,17 @@ def round_half_even(v: np.ndarray) -> np.ndarray:
 def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     if _has(ctx, "avx") or _has(ctx, "sse4.1"):
         return _call(bld, "llvm.rint.v16f32", _F32X16, args[0])
-    # Adding and taking away 1.5 * 2**23 rounds to an integer; llvm.rint would call libm once per lane here.
+    # Adding and taking away 1.5 * 2**23 rounds to an integer; llvm.rint would call libm once per
+    # lane here.
     magic = ir.Constant(_F32X16, [12582912.0] * W)
     return bld.fsub(bld.fadd(args[0], magic), magic)
 
 
 def scale_pow2(v: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """v * 2**n for integral n in [-252, 254], rounded once: overflows to infinity, underflows gradually; NaN n gives NaN."""
+    """v * 2**n for integral n in [-252, 254] and v of about 1 (0.5 <= |v| < 4), rounded once.
+
+    Overflows to infinity, underflows gradually; a NaN n gives NaN.
+    """
     with np.errstate(all="ignore"):
         whole = np.where(np.isnan(n), 0, n).astype(np.int32)
         return np.where(np.isnan(n), n, np.ldexp(v, whole)).astype(np.float32)
@@ -419,8 +424,9 @@ def scale_pow2(v: np.ndarray, n: np.ndarray) -> np.ndarray:
 @llvm_body(scale_pow2, _all_f32x16)
 def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     v, n = args
-    # 2**n as two factors, each built from exponent bits, so that 2**-140 and 2**128 need no special case: the first
-    # product is exact, the second rounds once. (vscalefps would do it in one, but only where AVX-512 is.)
+    # 2**n as two factors, each built from exponent bits, so that 2**-140 and 2**128 need no special
+    # case: the first product is exact, the second rounds once. (vscalefps would do it in one, but
+    # only where AVX-512 is.)
     is_nan = bld.fcmp_unordered("uno", n, n)
     whole = bld.fptosi(bld.select(is_nan, ir.Constant(_F32X16, [0.0] * W), n), _I32X16)
     half = bld.ashr(whole, _i32_splat(1))
@@ -467,13 +473,11 @@ def reduce_max(v: np.ndarray) -> np.float32:
 
 def _halving(bld: ir.IRBuilder, v: Any, combine: Callable[[Any, Any], Any]) -> Any:
     for half in (8, 4, 2, 1):
-        lanes = lambda start: ir.Constant(
-            ir.VectorType(_I32, half), list(range(start, start + half))
-        )
         undef = ir.Constant(v.type, ir.Undefined)
-        v = combine(
-            bld.shuffle_vector(v, undef, lanes(0)), bld.shuffle_vector(v, undef, lanes(half))
-        )
+        index = ir.VectorType(_I32, half)
+        low = bld.shuffle_vector(v, undef, ir.Constant(index, list(range(half))))
+        high = bld.shuffle_vector(v, undef, ir.Constant(index, list(range(half, 2 * half))))
+        v = combine(low, high)
     return bld.extract_element(v, ir.Constant(_I32, 0))
 
 
@@ -563,7 +567,10 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
 
 
 def dot_pairs(acc: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """acc[lane] + a[2 lane + 1] * b[2 lane + 1], rounded, + a[2 lane] * b[2 lane], rounded: the order of vdpbf16ps."""
+    """acc[lane] + a[2 lane + 1] * b[2 lane + 1], rounded, + a[2 lane] * b[2 lane], rounded.
+
+    The odd element comes first: the order of vdpbf16ps.
+    """
     x, y = _as_f32(a).astype(np.float64), _as_f32(b).astype(np.float64)
     odd = (acc + x[1::2] * y[1::2]).astype(np.float32)
     return (odd + x[0::2] * y[0::2]).astype(np.float32)
@@ -616,7 +623,7 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
 
 
 def tile_load(mr: int, nv: int, c: np.ndarray, c0: int, ldc: int) -> np.ndarray:
-    """Tile with row i = c[c0 + i * ldc : ...], float32; ldc = 0 puts one row (a bias) in every row."""
+    """Tile with row i = c[c0 + i * ldc : ...], float32; ldc = 0 puts one row (a bias) in each."""
     return np.stack([c[c0 + i * ldc : c0 + i * ldc + nv * W] for i in range(mr)])
 
 
@@ -699,7 +706,8 @@ def tile_dot(
     """One step along K: acc[i, 16 j + lane] += A[i, k] * B[k, 16 j + lane].
 
     float32: one k; A[i] = a[a0 + i * lda], B vector j = b[b0 + j * ldb : + 16].
-    BF16:    a pair of k; A[i] = a[a0 + i * lda : + 2], B vector j = b[b0 + j * ldb : + 32] as pairs (`dot_pairs`).
+    BF16:    a pair of k; A[i] = a[a0 + i * lda : + 2], B vector j = b[b0 + j * ldb : + 32] as pairs
+             (`dot_pairs`).
     """
     mr, nv = acc.shape[0], acc.shape[1] // W
     acc = acc.copy()

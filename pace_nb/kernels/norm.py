@@ -9,21 +9,23 @@
 |----------|--------|----------------|------------------------------------------------|
 | x        | [T, E] | f32, BF16      | rows contiguous, any row stride                |
 | residual | [T, E] | f32            | contiguous, updated in place                   |
-| weight   | [E]    | f32            | contiguous; a model that scales by (1 + w) adds the 1 at load |
+| weight   | [E]    | f32            | contiguous; models that scale by 1 + w add the 1 at load |
 | bias     | [E]    | f32 or None    | contiguous                                     |
 | y        | [T, E] | f32, BF16      | contiguous, allocated or given as `out`        |
 
-Moves: T E (size(x) + size(y)) bytes, with the add T E (size(x) + 4 + 4 + size(y)); weights stay in L1.
+Moves: T E (size(x) + size(y)) bytes, with the add T E (size(x) + 8 + size(y)); weights stay in L1.
 Does: 4 T E FLOPs (LayerNorm 7 T E). Under one FLOP per byte, so bound by memory.
-Error: sums run in f32 over 64 interleaved partial sums of E/64 terms each, then a tree of 6 adds: the relative
-    error of the sum of squares is at most (E/64 + 7) 2^-24, half of that after the root; the variance is taken of
-    x - mean (two passes over a row in L1), so there is no cancellation but the mean's own: |y - ref| <=
-    (E/64 + 9) 2^-24 (|ref| + |weight| max|x| / std) for LayerNorm. f32 results are within 4 ULP for E <= 8192; BF16
-    results within 1 ULP (0.5 from rounding).
-Cautions: a NaN or infinity in a row makes that whole row NaN (as the formula does), and no other row.
-    `out` may be `x` itself when both have one dtype.
-Source: Zhang and Sennrich 2019 (RMSNorm), Ba et al. 2016 (LayerNorm); re-implements PACE `rmsnorm`, `layernorm`,
-    `fused_add_rmsnorm`, `fused_add_layernorm` (csrc/ops/norm), with the variance free of E[x^2] - E[x]^2.
+Error: sums run in f32 over 64 interleaved partial sums of E/64 terms each, then a tree of 6 adds:
+    the relative error of the sum of squares is at most (E/64 + 7) 2^-24, half of that after the
+    root; the variance is taken of x - mean (two passes over a row in L1), so there is no
+    cancellation but the mean's own: |y - ref| <= (E/64 + 9) 2^-24 (|ref| + |weight| max|x| / std)
+    for LayerNorm. f32 results are within 4 ULP for E <= 8192; BF16 results within 1 ULP (0.5 from
+    rounding).
+Cautions: a NaN or infinity in a row makes that whole row NaN (as the formula does), and no other
+    row. `out` may be `x` itself when both have one dtype.
+Source: Zhang and Sennrich 2019 (RMSNorm), Ba et al. 2016 (LayerNorm); re-implements PACE `rmsnorm`,
+    `layernorm`, `fused_add_rmsnorm`, `fused_add_layernorm` (csrc/ops/norm), with the variance free
+    of E[x^2] - E[x]^2.
 Notebook: 10 fused norm. Ledger: norm.
 """
 
@@ -80,7 +82,8 @@ def add_layer_norm_ref(
 
 
 # ---- one row -------------------------------------------------------------------------------------
-STEP = 64  # elements per turn: four independent sums, because an fma takes 4 cycles and one starts each cycle
+# Elements per turn: four independent sums, as an fma takes 4 cycles and one starts each cycle.
+STEP = 64
 
 
 @jit.device_fn
@@ -218,8 +221,8 @@ def rms_norm(
 ) -> Array:
     """RMSNorm of the rows of x.
 
-    x [T, E] f32 or BF16 (uint16); weight [E] f32; out [T, E] f32 or BF16, allocated as `dtype` if None. Returns out.
-    TypeError or ValueError names the argument that does not fit.
+    x [T, E] f32 or BF16 (uint16); weight [E] f32; out [T, E] f32 or BF16, allocated as `dtype` if
+    None. Returns out. TypeError or ValueError names the argument that does not fit.
     """
     out = _checked("rms_norm", x, weight, None, eps, out, dtype)
     if jit.use_reference():
@@ -292,7 +295,7 @@ def add_layer_norm(
     out: Array | None = None,
     dtype: DTypeLike = np.float32,
 ) -> Array:
-    """residual += x in place, then LayerNorm of the rows of residual; otherwise as `add_rms_norm`. Returns out."""
+    """residual += x in place, then LayerNorm of its rows; otherwise as `add_rms_norm`."""
     out = _checked("add_layer_norm", x, weight, bias, eps, out, dtype)
     require("add_layer_norm", "residual", residual, x.shape)
     writable("add_layer_norm", "residual", residual)
