@@ -1,0 +1,147 @@
+"""`Attention`: rotate, write to the cache, attend; `choose_kernel`: the one place that picks.
+
+Knows the cache's view of a batch and that a step mixes sequences with one query token and with
+many. Does not know projections, masks' arithmetic (`kernels/attention_*.py`) or where weights come
+from: a model file projects q, k and v, hands them over here, and projects the result.
+
+A step's sequences are cut into runs of neighbours that the same kernel serves, so every kernel call
+works on slices of the flat arrays and nothing is gathered or padded. Decode and prefill kernels
+give the same bits for the same row (ARCHITECTURE.md 11.1), so where the cut falls changes speed
+only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pace_nb.batch import Batch
+from pace_nb.kernels import attention_decode, attention_prefill, bf16, kv_write, rope
+from pace_nb.kv_cache.base import BatchKV, KVView
+from pace_nb.layers.rope import Rotation
+from pace_nb.layers.weights import Float32Array
+
+Int32Array = NDArray[np.int32]
+Kernel = Callable[..., NDArray[Any]]
+
+# Up to here a sequence's query rows are bound by reading its keys and values, as one row is; above,
+# the prefill kernel's tiles pay. Ledger: attention_decode.
+DECODE_QUERY_LEN = 16
+
+
+def choose_kernel(query_len: int) -> Kernel:
+    """The attention kernel for a sequence with this many query tokens in the step."""
+    if query_len <= DECODE_QUERY_LEN:
+        return attention_decode.attention_decode
+    return attention_prefill.attention_prefill
+
+
+class Run(NamedTuple):
+    """Neighbouring sequences that one kernel call serves."""
+
+    kernel: Kernel
+    sequences: slice
+    tokens: slice
+    cu_seqlens_q: Int32Array  # from 0
+    context_lens: Int32Array
+
+
+class Step(NamedTuple):
+    """What every layer of one forward pass shares."""
+
+    batch: Batch
+    kv: BatchKV
+    runs: tuple[Run, ...]
+    sequence_lens: Int32Array  # [T]: keys of the sequence each token belongs to
+
+    @classmethod
+    def of(cls, batch: Batch, kv: BatchKV) -> Step:
+        """Plan a step; done once per forward pass."""
+        query_lens = np.diff(batch.cu_seqlens_q)
+        sequence_lens = np.repeat(batch.context_lens, query_lens)
+        return cls(batch, kv, _runs(batch, query_lens), sequence_lens)
+
+
+def _runs(batch: Batch, query_lens: Int32Array) -> tuple[Run, ...]:
+    kernels = [choose_kernel(int(query_len)) for query_len in query_lens]
+    runs: list[Run] = []
+    start = 0
+    for end in range(1, len(kernels) + 1):
+        if end < len(kernels) and kernels[end] is kernels[start]:
+            continue
+        bounds = batch.cu_seqlens_q[start : end + 1]
+        runs.append(
+            Run(
+                kernels[start],
+                slice(start, end),
+                slice(int(bounds[0]), int(bounds[-1])),
+                bounds - bounds[0],
+                batch.context_lens[start:end],
+            )
+        )
+        start = end
+    return tuple(runs)
+
+
+class Attention:
+    """softmax(q k^T * scale) v over the cached keys a token may see: its own position and before.
+
+    window: how many positions a token sees, itself included; 0 = all. `layer_index` names the
+    layer's cache pool.
+    """
+
+    def __init__(self, layer_index: int, scale: float, *, window: int = 0) -> None:
+        self._layer_index = layer_index
+        self._scale = scale
+        self._window = window
+
+    def __call__(
+        self,
+        q: Float32Array,
+        k: Float32Array,
+        v: Float32Array,
+        step: Step,
+        rotation: Rotation | None,
+        sinks: Float32Array | None = None,
+    ) -> NDArray[Any]:
+        """q f32[T, H, D], k and v f32[T, KVH, D] (views with a contiguous last axis) -> storage[T,
+        H * D].
+
+        rotation None: positions enter elsewhere (OPT) or nowhere (Llama 4's NoPE layers). sinks
+        f32[H]: one extra logit per head, in the softmax's denominator only.
+        """
+        view, pool = step.kv.view, step.kv.layer(self._layer_index)
+        storage = pool.k.dtype
+        queries, keys = _rotated(q, rotation, storage), _rotated(k, rotation, storage)
+        kv_write.kv_write(keys, v, pool, view, step.batch.positions, step.batch.cu_seqlens_q)
+        out = np.empty(q.shape, storage)
+        for run in step.runs:
+            run.kernel(
+                queries[run.tokens],
+                pool,
+                KVView(view.block_table[run.sequences], view.units_per_block),
+                run.cu_seqlens_q,
+                run.context_lens,
+                self._scale,
+                window=self._window,
+                sinks=sinks,
+                out=out[run.tokens],
+            )
+        return out.reshape(len(out), -1)
+
+
+def _rotated(x: Float32Array, rotation: Rotation | None, storage: np.dtype[Any]) -> NDArray[Any]:
+    """x f32[T, H, D] in storage dtype, rotated where there is a rotation; rounded once."""
+    if rotation is None:
+        return bf16.from_f32(x) if storage == np.uint16 else np.ascontiguousarray(x)
+    return rope.rope(
+        x,
+        rotation.rows,
+        rotation.cos,
+        rotation.sin,
+        out=np.empty(x.shape, storage),
+        interleaved=rotation.interleaved,
+    )

@@ -1,0 +1,75 @@
+"""`RMSNorm` and `LayerNorm`, each with the residual addition that precedes it.
+
+Knows the weight, eps and the dtype of the GEMM input that follows. Does not know the arithmetic
+(`kernels/norm.py`). The residual stream is float32 and belongs to the caller; `delta` is what the
+previous sub-layer adds to it:
+
+    y = norm(residual)            y = norm(residual, delta)    # residual += delta in place, then
+    normalize
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pace_nb.kernels import norm
+from pace_nb.layers.module import Module, Shape
+from pace_nb.layers.weights import Float32Array, Weights
+
+
+class RMSNorm(Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, E values; output in storage dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        self.size = size
+        self.eps = eps
+        self._weight: Float32Array
+        self._dtype: np.dtype[Any]
+
+    def tensors(self, name: str) -> Iterator[tuple[str, Shape]]:
+        yield f"{name}.weight", (self.size,)
+
+    def load(self, weights: Weights, name: str = "") -> None:
+        self._weight = weights.vector(f"{name}.weight", (self.size,))
+        self._dtype = weights.storage_dtype
+
+    def __call__(self, residual: Float32Array, delta: Float32Array | None = None) -> NDArray[Any]:
+        """residual f32[T, E], delta f32[T, E] (added to residual in place) -> storage[T, E]."""
+        out = np.empty(residual.shape, self._dtype)
+        if delta is None:
+            return norm.rms_norm(residual, self._weight, self.eps, out=out)
+        return norm.add_rms_norm(delta, residual, self._weight, self.eps, out=out)
+
+
+class LayerNorm(Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis; output in storage dtype."""
+
+    def __init__(self, size: int, eps: float, *, bias: bool = True) -> None:
+        self.size = size
+        self.eps = eps
+        self._bias_wanted = bias
+        self._weight: Float32Array
+        self._bias: Float32Array | None = None
+        self._dtype: np.dtype[Any]
+
+    def tensors(self, name: str) -> Iterator[tuple[str, Shape]]:
+        yield f"{name}.weight", (self.size,)
+        if self._bias_wanted:
+            yield f"{name}.bias", (self.size,)
+
+    def load(self, weights: Weights, name: str = "") -> None:
+        self._weight = weights.vector(f"{name}.weight", (self.size,))
+        if self._bias_wanted:
+            self._bias = weights.vector(f"{name}.bias", (self.size,))
+        self._dtype = weights.storage_dtype
+
+    def __call__(self, residual: Float32Array, delta: Float32Array | None = None) -> NDArray[Any]:
+        """residual f32[T, E], delta f32[T, E] (added to residual in place) -> storage[T, E]."""
+        out = np.empty(residual.shape, self._dtype)
+        if delta is None:
+            return norm.layer_norm(residual, self._weight, self._bias, self.eps, out=out)
+        return norm.add_layer_norm(delta, residual, self._weight, self._bias, self.eps, out=out)

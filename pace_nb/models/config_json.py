@@ -1,0 +1,182 @@
+"""`ConfigJson`: a config.json read field by field, each checked where it is read.
+
+Knows JSON types, bounds, the two spellings of rotary settings, and the names of the checkpoint's
+tensors, which bound the number of layers and tell whether there is a separate output head. Does not
+know any family: a model file asks for the fields it uses and thereby says which it needs; all other
+fields are ignored (`auto_map` among them).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pace_nb.errors import ModelFormatError
+from pace_nb.layers.rope import RopeParameters
+
+MAX_SIZE = 2**31 - 1  # token ids, positions and sizes travel as int32
+MAX_HEAD_DIM = 512  # the attention kernels keep a head's accumulators on chip
+
+
+class ConfigJson:
+    """Typed access to one JSON object. Every error is one line: field, found, expected."""
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        tensor_names: Collection[str] = (),
+        *,
+        name: str = "config.json",
+    ) -> None:
+        self._values = values
+        self._tensor_names = tensor_names
+        self._name = name
+
+    def has(self, field: str) -> bool:
+        """True where the field is there and not null."""
+        return self._values.get(field) is not None
+
+    def integer(
+        self, field: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_SIZE
+    ) -> int:
+        """An integer in minimum .. maximum. Without a default the field is required."""
+        value = self._value(field, default, f"an integer from {minimum} to {maximum}")
+        if type(value) is not int or not minimum <= value <= maximum:
+            raise self._wrong(field, value, f"an integer from {minimum} to {maximum}")
+        return value
+
+    def optional_integer(self, field: str) -> int | None:
+        """An integer from 1, or None where the field is absent or null."""
+        return self.integer(field) if self.has(field) else None
+
+    def number(self, field: str, default: float | None = None) -> float:
+        """A finite number above 0. Without a default the field is required."""
+        value = self._value(field, default, "a number above 0")
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self._wrong(field, value, "a number above 0")
+        return float(value)
+
+    def optional_number(self, field: str) -> float | None:
+        """A finite number above 0, or None where the field is absent or null."""
+        return self.number(field) if self.has(field) else None
+
+    def number_or_zero(self, field: str) -> float:
+        """A finite number from 0; 0 where the field is absent or null."""
+        return 0.0 if self._values.get(field) in (None, 0) else self.number(field)
+
+    def boolean(self, field: str, default: bool) -> bool:
+        """true or false."""
+        value = self._value(field, default, "true or false")
+        if type(value) is not bool:
+            raise self._wrong(field, value, "true or false")
+        return value
+
+    def text(self, field: str, default: str | None = None) -> str:
+        """A string."""
+        value = self._value(field, default, "a string")
+        if type(value) is not str:
+            raise self._wrong(field, value, "a string")
+        return value
+
+    def numbers(self, field: str) -> tuple[float, ...]:
+        """A list of numbers above 0; empty where the field is absent or null."""
+        value = self._value(field, [], "a list of numbers above 0")
+        if type(value) is not list or not all(
+            type(item) in (int, float) and 0 < item < math.inf for item in value
+        ):
+            raise self._wrong(field, value, "a list of numbers above 0")
+        return tuple(float(item) for item in value)
+
+    def section(self, field: str) -> ConfigJson:
+        """The nested object; an empty one where the field is absent or null."""
+        value = self._value(field, {}, "an object")
+        if type(value) is not dict:
+            raise self._wrong(field, value, "an object")
+        return ConfigJson(value, name=f"{self._name}: {field}")
+
+    def is_empty(self) -> bool:
+        """True where the object has no fields."""
+        return not self._values
+
+    def num_hidden_layers(self) -> int:
+        """`num_hidden_layers`; at most the checkpoint's tensors: nobody builds 10**9 shells."""
+        return self.integer("num_hidden_layers", maximum=max(1, len(self._tensor_names)))
+
+    def tie_word_embeddings(self, default: bool) -> bool:
+        """True where the field says so, or where the checkpoint has no `lm_head.weight`."""
+        tied = self.boolean("tie_word_embeddings", default)
+        return tied or "lm_head.weight" not in self._tensor_names
+
+    def head_dim(self, hidden_size: int, num_heads: int) -> int:
+        """`head_dim` where given, else hidden_size / num_attention_heads, which must divide."""
+        if self.has("head_dim"):
+            return self.integer("head_dim", maximum=MAX_HEAD_DIM)
+        if hidden_size % num_heads:
+            raise self._wrong(
+                "hidden_size", hidden_size, f"a multiple of num_attention_heads ({num_heads})"
+            )
+        return hidden_size // num_heads
+
+    def num_key_value_heads(self, num_heads: int) -> int:
+        """`num_key_value_heads`, by default num_attention_heads; divides it."""
+        count = self.integer("num_key_value_heads", num_heads)
+        if num_heads % count:
+            raise self._wrong(
+                "num_key_value_heads", count, f"a divisor of num_attention_heads ({num_heads})"
+            )
+        return count
+
+    def rope_parameters(self, head_dim: int, *, default_theta: float = 10000.0) -> RopeParameters:
+        """Rotary settings from either spelling.
+
+        Older: `rope_scaling` (may be null) beside `rope_theta` and `partial_rotary_factor`. Newer:
+        all of it in `rope_parameters`. `rope_scaling` wins where both are there, and `type` is an
+        old name of `rope_type` (transformers 5.19, RotaryEmbeddingConfigMixin).
+        """
+        rope = self.section("rope_scaling")
+        if rope.is_empty():
+            rope = self.section("rope_parameters")
+        rope_type = rope.text("rope_type" if rope.has("rope_type") else "type", "default")
+        # Phi-3 keeps the pretrained length outside the nested object, and there it counts first.
+        original = self if self.has("original_max_position_embeddings") else rope
+        partial = (rope if rope.has("partial_rotary_factor") else self).number(
+            "partial_rotary_factor", 1.0
+        )
+        theta = (rope if rope.has("rope_theta") else self).number("rope_theta", default_theta)
+        if partial > 1.0:
+            raise self._wrong("partial_rotary_factor", partial, "a number above 0, at most 1")
+        return RopeParameters(
+            rotary_dim=int(head_dim * partial),
+            max_position_embeddings=self.integer("max_position_embeddings"),
+            rope_theta=theta,
+            rope_type=rope_type,
+            factor=rope.optional_number("factor"),
+            original_max_position_embeddings=original.optional_integer(
+                "original_max_position_embeddings"
+            ),
+            low_freq_factor=rope.optional_number("low_freq_factor"),
+            high_freq_factor=rope.optional_number("high_freq_factor"),
+            attention_factor=rope.optional_number("attention_factor"),
+            beta_fast=rope.number("beta_fast", 32.0),
+            beta_slow=rope.number("beta_slow", 1.0),
+            mscale=rope.number_or_zero("mscale"),
+            mscale_all_dim=rope.number_or_zero("mscale_all_dim"),
+            truncate=rope.boolean("truncate", True),
+            short_factor=rope.numbers("short_factor"),
+            long_factor=rope.numbers("long_factor"),
+        )
+
+    def _value(self, field: str, default: Any, expected: str) -> Any:
+        value = self._values.get(field)
+        if value is None:
+            value = default
+        if value is None:
+            raise ModelFormatError(f"{self._name}: {field} is missing, expected {expected}")
+        return value
+
+    def _wrong(self, field: str, value: Any, expected: str) -> ModelFormatError:
+        shown = repr(value)
+        if len(shown) > 60:
+            shown = shown[:57] + "..."
+        return ModelFormatError(f"{self._name}: {field} is {shown}, expected {expected}")

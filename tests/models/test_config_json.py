@@ -1,0 +1,166 @@
+"""Every field is checked where it is read, and both spellings of the rotary settings mean the same."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from pace_nb.errors import ModelFormatError
+from pace_nb.layers.rope import RopeParameters
+from pace_nb.models.config_json import ConfigJson
+
+
+@pytest.mark.parametrize(
+    "value", [0, -4, 2**31, 10**40, 4.0, "4", True, [4], {}], ids=lambda v: repr(v)[:12]
+)
+def test_an_integer_is_an_integer_in_range(value):
+    with pytest.raises(ModelFormatError, match=r"config\.json: heads is .*, expected an integer"):
+        ConfigJson({"heads": value}).integer("heads")
+
+
+def test_integers_and_defaults():
+    config = ConfigJson({"heads": 8, "kv": None})
+    assert config.integer("heads") == 8
+    assert config.integer("kv", 4) == 4
+    assert config.integer("absent", 5) == 5
+    with pytest.raises(ModelFormatError, match=r"config\.json: kv is missing, expected an integer"):
+        config.integer("kv")
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1e-5", True, None])
+def test_a_number_is_finite_and_above_zero(value):
+    with pytest.raises(ModelFormatError, match="eps is"):
+        ConfigJson({"eps": value}).number("eps")
+    assert ConfigJson({"eps": 1}).number("eps") == 1.0
+    assert ConfigJson({"eps": value}).optional_number("x") is None
+
+
+def test_other_types():
+    config = ConfigJson({"flag": 1, "name": 3, "list": [1, "2"], "object": []})
+    for read in (
+        lambda: config.boolean("flag", False),
+        lambda: config.text("name"),
+        lambda: config.numbers("list"),
+        lambda: config.section("object"),
+    ):
+        with pytest.raises(ModelFormatError, match="expected"):
+            read()
+    good = ConfigJson({"flag": True, "name": "silu", "list": [1, 2.5], "object": {"x": 0}})
+    assert good.boolean("flag", False) and good.text("name") == "silu"
+    assert good.numbers("list") == (1.0, 2.5) and good.numbers("absent") == ()
+    with pytest.raises(ModelFormatError, match=r"config\.json: object: x is 0, expected"):
+        good.section("object").integer("x")
+
+
+def test_a_long_value_is_cut_to_one_short_line():
+    with pytest.raises(ModelFormatError) as caught:
+        ConfigJson({"name": ["line\n" * 10] * 1000}).text("name")
+    assert len(str(caught.value)) < 120 and "\n" not in str(caught.value)
+
+
+def test_layers_are_bounded_by_the_tensors_there_are():
+    config = ConfigJson({"num_hidden_layers": 10**9}, ["a", "b", "c"])
+    with pytest.raises(ModelFormatError, match="expected an integer from 1 to 3"):
+        config.num_hidden_layers()
+    assert ConfigJson({"num_hidden_layers": 3}, ["a", "b", "c"]).num_hidden_layers() == 3
+
+
+def test_the_head_is_tied_by_word_or_by_absence():
+    head = ["lm_head.weight"]
+    assert not ConfigJson({}, head).tie_word_embeddings(False)
+    assert ConfigJson({}, []).tie_word_embeddings(False)
+    assert ConfigJson({"tie_word_embeddings": True}, head).tie_word_embeddings(False)
+    assert not ConfigJson({"tie_word_embeddings": False}, head).tie_word_embeddings(True)
+
+
+def test_heads_divide():
+    assert ConfigJson({}).head_dim(128, 4) == 32
+    assert ConfigJson({"head_dim": 80}).head_dim(128, 3) == 80
+    with pytest.raises(ModelFormatError, match=r"hidden_size is 128, .*num_attention_heads \(3\)"):
+        ConfigJson({}).head_dim(128, 3)
+    with pytest.raises(ModelFormatError, match="head_dim is 4096"):
+        ConfigJson({"head_dim": 4096}).head_dim(128, 4)
+    assert ConfigJson({"num_key_value_heads": 2}).num_key_value_heads(4) == 2
+    assert ConfigJson({}).num_key_value_heads(4) == 4
+    with pytest.raises(ModelFormatError, match="num_key_value_heads is 3, expected a divisor"):
+        ConfigJson({"num_key_value_heads": 3}).num_key_value_heads(4)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
+        {"rope_theta": 500000, "rope_scaling": {"type": "llama3"} | LLAMA3},
+        {"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}},
+        {"rope_theta": 1.0, "rope_parameters": LLAMA3 | {"rope_theta": 500000.0}},
+        {
+            "rope_theta": 500000.0,
+            "rope_scaling": LLAMA3,
+            "rope_parameters": {"rope_type": "default"},
+        },
+    ],
+)
+def test_both_spellings_of_rope(fields):
+    config = ConfigJson({"max_position_embeddings": 131072} | fields)
+    assert config.rope_parameters(64) == RopeParameters(
+        rotary_dim=64,
+        max_position_embeddings=131072,
+        rope_type="llama3",
+        rope_theta=500000.0,
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
+
+
+def test_rope_defaults_and_partial_rotation():
+    plain = {"max_position_embeddings": 2048, "rope_scaling": None}
+    assert ConfigJson(plain).rope_parameters(32) == RopeParameters(32, 2048, 10000.0)
+    assert ConfigJson(plain).rope_parameters(32, default_theta=5e5).rope_theta == 5e5
+    for fields in (
+        {"partial_rotary_factor": 0.75},
+        {"rope_parameters": {"partial_rotary_factor": 0.75}},
+    ):
+        assert ConfigJson(plain | fields).rope_parameters(32).rotary_dim == 24
+    with pytest.raises(ModelFormatError, match=r"partial_rotary_factor is 1\.5"):
+        ConfigJson(plain | {"partial_rotary_factor": 1.5}).rope_parameters(32)
+
+
+def test_the_pretrained_length_beside_rope_scaling_counts_first():
+    """Phi-3 keeps it there (golden phi4mini)."""
+    fields = json.loads(
+        """{"max_position_embeddings": 2048, "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 99,
+        "short_factor": [1, 1], "long_factor": [1.0, 47.77]}}"""
+    )
+    rope = ConfigJson(fields).rope_parameters(4)
+    assert rope.original_length == 64 and rope.stretch == 32.0
+    assert rope.long_factor == (1.0, 47.77)
+
+
+def test_yarn_fields_are_read():
+    fields = {
+        "rope_type": "yarn",
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0,
+        "truncate": False,
+        "beta_fast": 16,
+        "beta_slow": None,
+    }
+    rope = ConfigJson({"max_position_embeddings": 4096, "rope_scaling": fields}).rope_parameters(32)
+    assert (rope.factor, rope.mscale, rope.mscale_all_dim) == (40.0, 0.707, 0.0)
+    assert (rope.truncate, rope.beta_fast, rope.beta_slow) == (False, 16.0, 1.0)
+    assert rope.original_length == 4096
