@@ -1,0 +1,87 @@
+"""The documents: links lead somewhere, generated parts are the generated ones, commands exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+VERBS = "setup demo serve lint test test-long test-interpreted notebooks bench docs".split()
+
+
+def documents(repository):
+    return [*sorted(repository.glob("*.md")), *sorted((repository / "docs").rglob("*.md"))]
+
+
+def anchors(text):
+    """GitHub's anchors of a Markdown text's headings."""
+    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        yield re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+def test_links_lead_somewhere(repository):
+    broken = []
+    for document in documents(repository):
+        for target in LINK.findall(document.read_text()):
+            if target.startswith(("http://", "https://", "mailto:")):
+                continue
+            name, _, anchor = target.partition("#")
+            path = (document.parent / name).resolve() if name else document
+            if not path.exists():
+                broken.append(f"{document}: {target}")
+            elif anchor and anchor not in anchors(path.read_text()):
+                broken.append(f"{document}: {target} has no such heading")
+    assert not broken, "\n".join(broken)
+
+
+def test_readme_table_is_the_generated_one(repository):
+    script = repository / "bench" / "readme_table.py"
+    result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_make_has_each_verb(repository, verb):
+    assert re.search(rf"^{verb}:", (repository / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_make_has_no_other_verb(repository):
+    phony = re.search(r"^\.PHONY: (.*)$", (repository / "Makefile").read_text(), re.MULTILINE)
+    assert phony is not None
+    assert set(phony[1].split()) == {"help", *VERBS}
+
+
+def test_ci_runs_the_readme_test_command(repository):
+    assert "\nmake test\n" in (repository / ".ci" / "run").read_text()
+    assert re.search(r"^make test\b", (repository / "README.md").read_text(), re.MULTILINE)
+
+
+def test_readme_uses_verbs_that_exist(repository):
+    from pace_nb.cli.main import VERBS as cli_verbs
+
+    text = (repository / "README.md").read_text()
+    assert set(re.findall(r"\bmake ([a-z][a-z-]*)", text)) <= set(VERBS)
+    used = set(re.findall(r"pace-nb ([a-z]+)", text))
+    assert used and used <= set(cli_verbs)
+
+
+def test_every_decision_is_listed(repository):
+    folder = repository / "docs" / "adr"
+    index = (folder / "README.md").read_text()
+    records = sorted(path.name for path in folder.glob("[0-9]*.md"))
+    numbers = [int(name[:4]) for name in records]
+    assert numbers == list(range(1, len(records) + 1)), "numbered without gaps or doubles"
+    assert not [name for name in records if f"({name})" not in index]
+    for name in records:
+        first = (folder / name).read_text().splitlines()[0]
+        assert first.startswith(f"# {name[:4]}: "), name
+
+
+def test_architecture_page_names_every_rule_file(repository):
+    page = (repository / "docs" / "architecture.md").read_text()
+    files = {path.name for path in (repository / "tests" / "architecture").glob("test_*.py")}
+    assert set(re.findall(r"`(test_\w+\.py)`", page)) == files
