@@ -1,0 +1,49 @@
+"""Every environment variable that the package reads, once, with its type.
+
+    | variable             | type                | default                | read by                   |
+    |----------------------|---------------------|------------------------|---------------------------|
+    | PACE_NB_CACHE_DIR    | path                | ~/.cache/pace_nb       | here and kernels/jit.py   |
+    | PACE_NB_NUM_THREADS  | integer from 1      | affinity and cgroup    | here and kernels/jit.py   |
+    | PACE_NB_DEBUG        | 0/1, false/true     | 0                      | here                      |
+
+`kernels/` imports nothing of the package, so it reads its two variables itself (and numba reads
+`NUMBA_*`). `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` belong to huggingface_hub, which reads them.
+A variable is read when its function is called, never at import; an empty one counts as unset.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pace_nb.errors import ConfigError
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"", "0", "false", "no", "off"}
+
+
+def cache_dir() -> Path:
+    """PACE_NB_CACHE_DIR: where compiled kernels are kept. Nothing is created here."""
+    value = os.environ.get("PACE_NB_CACHE_DIR")
+    return Path(value).expanduser() if value else Path.home() / ".cache" / "pace_nb"
+
+
+def num_threads() -> int | None:
+    """PACE_NB_NUM_THREADS: threads of the kernels; None where it is not set.
+
+    ConfigError unless it is an integer from 1.
+    """
+    value = os.environ.get("PACE_NB_NUM_THREADS", "").strip()
+    if not value:
+        return None
+    if not (value.isascii() and value.isdigit() and len(value) <= 9 and int(value) >= 1):
+        raise ConfigError(f"PACE_NB_NUM_THREADS={value!r}: expected an integer from 1")
+    return int(value)
+
+
+def debug() -> bool:
+    """PACE_NB_DEBUG: tracebacks instead of one-line errors. ConfigError unless it is a switch."""
+    value = os.environ.get("PACE_NB_DEBUG", "").strip().lower()
+    if value in _TRUE | _FALSE:
+        return value in _TRUE
+    raise ConfigError(f"PACE_NB_DEBUG={value!r}: expected 0 or 1")
