@@ -70,6 +70,24 @@ def flat_rows(x: Array) -> tuple[Array, int]:
     return np.lib.stride_tricks.as_strided(x, (length,), (x.itemsize,)), stride
 
 
+def flat_heads(x: Array) -> tuple[Array, int, int]:
+    """(1-D array over the memory of x [T, H, D], elements to the next row, and to the next head).
+
+    Without a copy where the last axis is contiguous and the others go forward (a slice of a fused
+    q, k, v projection does); of a copy otherwise.
+    """
+    t, h, d = x.shape
+    if not x.flags.c_contiguous and x.size:
+        row, head, element = (s // x.itemsize for s in x.strides)
+        forward = (row > 0 or t == 1) and (head > 0 or h == 1) and (element == 1 or d == 1)
+        if forward and not any(s % x.itemsize for s in x.strides):
+            length = (t - 1) * row + (h - 1) * head + d
+            flat = np.lib.stride_tricks.as_strided(x, (length,), (x.itemsize,))
+            return flat, row, head
+        x = np.ascontiguousarray(x)
+    return x.reshape(-1), h * d, d
+
+
 def in_range(kernel: str, name: str, x: Array, end: int) -> None:
     """Every index in `x` must be in 0 .. end - 1 (one vectorised pass)."""
     if x.size and (int(x.min()) < 0 or int(x.max()) >= end):

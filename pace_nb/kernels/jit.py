@@ -342,9 +342,14 @@ def _announce_compile(name: str) -> None:
 
 
 # ---- decorators ----------------------------------------------------------------------------------
+_FLAGS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}  # reasons: the module docstring
+
+
 def kernel(func: Callable[..., Any]) -> Callable[..., Any]:
     """A compiled entry point with one `prange` loop, called by a wrapper that checks all."""
-    compiled: Any = numba.njit(parallel=True, nogil=True, error_model="numpy")(func)
+    if INTERPRETED:
+        return np.errstate(all="ignore")(func)  # NaN and infinity are data here too
+    compiled: Any = numba.njit(**_FLAGS, parallel=True)(func)
     if _cache_dir is not None:
         with _numba_cache_in(_cache_dir):
             compiled._cache = _KernelCache(func)
@@ -353,7 +358,7 @@ def kernel(func: Callable[..., Any]) -> Callable[..., Any]:
 
 def device_fn(func: Callable[..., Any]) -> Callable[..., Any]:
     """A function of kernels, always inlined: register tiles must not cross a call."""
-    inlined: Any = numba.njit(forceinline=True, nogil=True, error_model="numpy")(func)
+    inlined: Any = numba.njit(**_FLAGS, forceinline=True)(func)
     return cast(Callable[..., Any], inlined)
 
 
@@ -366,3 +371,12 @@ def _numba_cache_in(path: Path) -> Iterator[None]:
         yield
     finally:
         numba_config.CACHE_DIR = before
+
+
+def assembly(kernel: Any) -> str:
+    """Machine code of `kernel` for every signature it has run with, compiled afresh (cached kernels
+    do not keep their text). For tests and notebooks; takes as long as compiling does."""
+    fresh: Any = numba.njit(**_FLAGS, parallel=True)(kernel.py_func)
+    for signature in kernel.signatures:
+        fresh.compile(signature)
+    return "\n".join(fresh.inspect_asm().values())

@@ -9,6 +9,7 @@ Values
     f32x16   16 float32 lanes, one AVX-512 register (LLVM splits it where registers are narrower)
     i32x16   16 int32 lanes
     bf16x32  16 pairs of BF16, as they lie in memory (uint16); only ever an operand of a dot product
+    word     4 bytes of memory: one float32, or a pair of BF16; what keys and values are stored as
     Tile     MR rows by NV vectors of float32 accumulators: MR * NV + NV + 1 <= 32 registers
 Memory
     every array is flat (1-D, contiguous) and addressed by element offset; `float32` is itself,
@@ -167,8 +168,8 @@ def _splat(bld: ir.IRBuilder, scalar: Any) -> Any:
     return bld.shuffle_vector(one, undef, ir.Constant(_I32X16, [0] * W))
 
 
-def _i32_splat(value: int) -> Any:
-    return ir.Constant(_I32X16, [value] * W)
+def _i32_splat(value: int, n: int = W) -> Any:
+    return ir.Constant(ir.VectorType(_I32, n), [value] * n)
 
 
 def _first_lanes(bld: ir.IRBuilder, n: Any) -> Any:
@@ -191,11 +192,13 @@ def _widen(bld: ir.IRBuilder, u16: Any) -> Any:
 
 def _narrow(ctx: Any, bld: ir.IRBuilder, v: Any) -> Any:
     """float32 to BF16 bits, to nearest even, NaN to the quiet NaN of its sign (`bf16.from_f32`)."""
-    bits = bld.bitcast(v, _I32X16)
-    odd = bld.and_(bld.lshr(bits, _i32_splat(16)), _i32_splat(1))
-    rounded = bld.lshr(bld.add(bits, bld.add(odd, _i32_splat(0x7FFF))), _i32_splat(16))
-    quiet = bld.or_(bld.lshr(bits, _i32_splat(16)), _i32_splat(0x40))
-    return bld.trunc(bld.select(bld.fcmp_unordered("uno", v, v), quiet, rounded), _I16X16)
+    n = v.type.count
+    sixteen, one, almost_half, quiet_bit = (_i32_splat(c, n) for c in (16, 1, 0x7FFF, 0x40))
+    bits = bld.bitcast(v, ir.VectorType(_I32, n))
+    upper = bld.lshr(bits, sixteen)
+    rounded = bld.lshr(bld.add(bits, bld.add(bld.and_(upper, one), almost_half)), sixteen)
+    chosen = bld.select(bld.fcmp_unordered("uno", v, v), bld.or_(upper, quiet_bit), rounded)
+    return bld.trunc(chosen, ir.VectorType(_I16, n))
 
 
 # ---- vectors -------------------------------------------------------------------------------------
@@ -245,27 +248,54 @@ def load_tail(x: np.ndarray, i: int, n: int) -> np.ndarray:
     return v
 
 
-def _masked_load(
-    bld: ir.IRBuilder, pointer: Any, llvm: ir.VectorType, mask: Any, align: int
-) -> Any:
-    name = f"llvm.masked.load.v{W}{'f32' if llvm == _F32X16 else 'i16'}.p0"
-    return _call(bld, name, llvm, pointer, ir.Constant(_I32, align), mask, ir.Constant(llvm, None))
+def _lanes_in_use(bld: ir.IRBuilder, n: Any) -> Any:
+    """n (an intp) cut to 0 .. 16."""
+    low, high = ir.Constant(n.type, 0), ir.Constant(n.type, W)
+    n = bld.select(bld.icmp_signed("<", n, low), low, n)
+    return bld.select(bld.icmp_signed(">", n, high), high, n)
 
 
-def _masked_store(bld: ir.IRBuilder, pointer: Any, v: Any, mask: Any, align: int) -> None:
-    name = f"llvm.masked.store.v{W}{'f32' if v.type == _F32X16 else 'i16'}.p0"
-    _call(bld, name, ir.VoidType(), v, pointer, ir.Constant(_I32, align), mask)
+def _copy_lanes(bld: ir.IRBuilder, source: Any, target: Any, n: Any) -> None:
+    """Copy n elements in a loop: without AVX-512 LLVM makes a masked access 16 branches."""
+    with cgutils.for_range(bld, _lanes_in_use(bld, n)) as loop:
+        bld.store(bld.load(bld.gep(source, [loop.index])), bld.gep(target, [loop.index]))
+
+
+def _load_first(ctx: Any, bld: ir.IRBuilder, pointer: Any, llvm: ir.VectorType, n: Any) -> Any:
+    """The first n lanes (n an intp) at `pointer`, zero in the others; only those n are read."""
+    if _has(ctx, "avx512f", "avx512bw"):
+        name = f"llvm.masked.load.v{W}{'f32' if llvm == _F32X16 else 'i16'}.p0"
+        align = ir.Constant(_I32, 4 if llvm == _F32X16 else 2)
+        return _call(bld, name, llvm, pointer, align, _first_lanes(bld, n), ir.Constant(llvm, None))
+    buffer = cgutils.alloca_once(bld, llvm)
+    bld.store(ir.Constant(llvm, None), buffer)
+    scalar = llvm.element.as_pointer()
+    _copy_lanes(bld, bld.bitcast(pointer, scalar), bld.bitcast(buffer, scalar), n)
+    return bld.load(buffer)
+
+
+def _store_first(ctx: Any, bld: ir.IRBuilder, pointer: Any, v: Any, n: Any) -> None:
+    """Store the first n lanes (n an intp) of v at `pointer`; only those n are written."""
+    if _has(ctx, "avx512f", "avx512bw"):
+        name = f"llvm.masked.store.v{W}{'f32' if v.type == _F32X16 else 'i16'}.p0"
+        align = ir.Constant(_I32, 4 if v.type == _F32X16 else 2)
+        _call(bld, name, ir.VoidType(), v, pointer, align, _first_lanes(bld, n))
+        return
+    buffer = cgutils.alloca_once(bld, v.type)
+    bld.store(v, buffer)
+    scalar = v.type.element.as_pointer()
+    _copy_lanes(bld, bld.bitcast(buffer, scalar), bld.bitcast(pointer, scalar), n)
 
 
 @llvm_body(load_tail, lambda x, i, n: f32x16 if _is_memory(x) else None)
 def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     index = ctx.cast(bld, args[1], sig.args[1], types.intp)
-    mask = _first_lanes(bld, ctx.cast(bld, args[2], sig.args[2], types.intp))
+    n = ctx.cast(bld, args[2], sig.args[2], types.intp)
     if sig.args[0].dtype == types.uint16:
         pointer = _vector_pointer(ctx, bld, sig.args[0], args[0], index, _I16X16)
-        return _widen(bld, _masked_load(bld, pointer, _I16X16, mask, 2))
+        return _widen(bld, _load_first(ctx, bld, pointer, _I16X16, n))
     pointer = _vector_pointer(ctx, bld, sig.args[0], args[0], index, _F32X16)
-    return _masked_load(bld, pointer, _F32X16, mask, 4)
+    return _load_first(ctx, bld, pointer, _F32X16, n)
 
 
 def store(x: np.ndarray, i: int, v: np.ndarray) -> None:
@@ -296,14 +326,13 @@ def store_tail(x: np.ndarray, i: int, v: np.ndarray, n: int) -> None:
 @llvm_body(store_tail, _store_type)
 def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     index = ctx.cast(bld, args[1], sig.args[1], types.intp)
-    mask = _first_lanes(bld, ctx.cast(bld, args[3], sig.args[3], types.intp))
+    n = ctx.cast(bld, args[3], sig.args[3], types.intp)
     if sig.args[0].dtype == types.uint16:
         pointer = _vector_pointer(ctx, bld, sig.args[0], args[0], index, _I16X16)
-        _masked_store(bld, pointer, _narrow(ctx, bld, args[2]), mask, 2)
+        _store_first(ctx, bld, pointer, _narrow(ctx, bld, args[2]), n)
     else:
-        _masked_store(
-            bld, _vector_pointer(ctx, bld, sig.args[0], args[0], index, _F32X16), args[2], mask, 4
-        )
+        pointer = _vector_pointer(ctx, bld, sig.args[0], args[0], index, _F32X16)
+        _store_first(ctx, bld, pointer, args[2], n)
     return ctx.get_dummy_value()
 
 
@@ -597,6 +626,74 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     return _dot_pairs(ctx, bld, *args)
 
 
+# ---- words: one float32, or a pair of BF16 -------------------------------------------------------
+def copy_word(to: np.ndarray, i: int, x: np.ndarray, j: int) -> None:
+    """The word to[i] (uint16: to[i : i + 2]) = the elements of x from j on, rounded as `to` is."""
+    s = 2 if to.dtype == np.uint16 else 1
+    given = x[j : j + s]
+    to[i : i + s] = given if x.dtype == to.dtype else _as_stored(_as_f32(given), to.dtype)
+
+
+@llvm_body(copy_word, lambda to, i, x, j: types.void if _is_memory(to) and _is_memory(x) else None)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    to, x = sig.args[0], sig.args[2]
+    i, j = (ctx.cast(bld, args[k], sig.args[k], types.intp) for k in (1, 3))
+    element = {types.uint16: _I16, types.float32: _F32}
+    n, size = (2, 2) if to.dtype == types.uint16 else (1, 4)
+    pointer = bld.bitcast(
+        _pointer(ctx, bld, x, args[2], j), ir.VectorType(element[x.dtype], n).as_pointer()
+    )
+    word = bld.load(pointer, align=2 if x.dtype == types.uint16 else 4)
+    if x.dtype != to.dtype and n == 2:
+        word = _narrow(ctx, bld, word)
+    elif x.dtype != to.dtype:
+        wide = bld.shl(bld.zext(word, ir.VectorType(_I32, n)), _i32_splat(16, n))
+        word = bld.bitcast(wide, ir.VectorType(_F32, n))
+    pointer = bld.bitcast(_pointer(ctx, bld, to, args[0], i), word.type.as_pointer())
+    bld.store(word, pointer, align=size)
+    return ctx.get_dummy_value()
+
+
+def store_words(x: np.ndarray, i: int, first: np.ndarray, second: np.ndarray) -> None:
+    """16 words from x[i] on, one per lane: (first, second) as a pair of BF16, or `first` alone."""
+    if x.dtype == np.uint16:
+        x[i : i + 2 * W : 2], x[i + 1 : i + 2 * W : 2] = (
+            _as_stored(v, x.dtype) for v in (first, second)
+        )
+    else:
+        x[i : i + W] = first
+
+
+@llvm_body(
+    store_words,
+    lambda x, i, a, b: types.void if _is_memory(x) and (a, b) == (f32x16, f32x16) else None,
+)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    index = ctx.cast(bld, args[1], sig.args[1], types.intp)
+    if sig.args[0].dtype == types.uint16:
+        first, second = (bld.zext(_narrow(ctx, bld, v), _I32X16) for v in args[2:])
+        pairs = bld.or_(first, bld.shl(second, _i32_splat(16)))
+        pointer = _vector_pointer(ctx, bld, sig.args[0], args[0], index, _I32X16)
+        bld.store(pairs, pointer, align=2)
+    else:
+        bld.store(args[2], _vector_pointer(ctx, bld, sig.args[0], args[0], index, _F32X16), align=4)
+    return ctx.get_dummy_value()
+
+
+def first_of_words(x: np.ndarray, i: int) -> np.ndarray:
+    """The first element of each of the 16 words from x[i] on, as f32x16."""
+    return _as_f32(x[i : i + 2 * W : 2] if x.dtype == np.uint16 else x[i : i + W]).copy()
+
+
+@llvm_body(first_of_words, lambda x, i: f32x16 if _is_memory(x) else None)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    index = ctx.cast(bld, args[1], sig.args[1], types.intp)
+    paired = sig.args[0].dtype == types.uint16
+    pointer = _vector_pointer(ctx, bld, sig.args[0], args[0], index, _I32X16 if paired else _F32X16)
+    words = bld.load(pointer, align=2 if paired else 4)
+    return bld.bitcast(bld.shl(words, _i32_splat(16)), _F32X16) if paired else words
+
+
 # ---- register tiles ------------------------------------------------------------------------------
 def _tile_of(mr: Any, nv: Any, *rest: Any) -> Any:
     literal = all(isinstance(s, types.IntegerLiteral) for s in (mr, nv))
@@ -627,18 +724,43 @@ def tile_load(mr: int, nv: int, c: np.ndarray, c0: int, ldc: int) -> np.ndarray:
     return np.stack([c[c0 + i * ldc : c0 + i * ldc + nv * W] for i in range(mr)])
 
 
-@llvm_body(tile_load, lambda mr, nv, c, c0, ldc: _tile_of(mr, nv) if _is_memory(c) else None)
-def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
-    tile = sig.return_type
+def tile_load_tail(mr: int, nv: int, c: np.ndarray, c0: int, ldc: int, n: int) -> np.ndarray:
+    """As tile_load, but only the first n columns of a row (0 <= n <= 16 * nv), zero elsewhere."""
+    acc = np.zeros((mr, nv * W), np.float32)
+    for i in range(mr):
+        acc[i, :n] = c[c0 + i * ldc : c0 + i * ldc + n]
+    return acc
+
+
+def _is_f32_memory(x: Any) -> bool:
+    return _is_memory(x) and x.dtype == types.float32
+
+
+def _load_tile(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    tile, memory = sig.return_type, sig.args[2]
     row, ld = (ctx.cast(bld, args[k], sig.args[k], types.intp) for k in (3, 4))
+    n = ctx.cast(bld, args[5], sig.args[5], types.intp) if len(args) == 6 else None
     value = ir.Constant(ir.ArrayType(_F32X16, tile.mr * tile.nv), ir.Undefined)
     for i in range(tile.mr):
         for j in range(tile.nv):
             at = bld.add(row, ir.Constant(row.type, W * j))
-            v = bld.load(_vector_pointer(ctx, bld, sig.args[2], args[2], at, _F32X16), align=4)
+            pointer = _vector_pointer(ctx, bld, memory, args[2], at, _F32X16)
+            if n is None:
+                v = bld.load(pointer, align=4)
+            else:
+                lanes = bld.sub(n, ir.Constant(n.type, W * j))
+                v = _load_first(ctx, bld, pointer, _F32X16, lanes)
             value = bld.insert_value(value, v, i * tile.nv + j)
         row = bld.add(row, ld)
     return value
+
+
+llvm_body(tile_load, lambda mr, nv, c, *rest: _tile_of(mr, nv) if _is_f32_memory(c) else None)(
+    _load_tile
+)
+llvm_body(tile_load_tail, lambda mr, nv, c, *rest: _tile_of(mr, nv) if _is_f32_memory(c) else None)(
+    _load_tile
+)
 
 
 def tile_store(acc: np.ndarray, c: np.ndarray, c0: int, ldc: int) -> None:
@@ -667,13 +789,7 @@ def _store_tile(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
             if n is None:
                 bld.store(v, pointer, align=align)
             else:
-                _masked_store(
-                    bld,
-                    pointer,
-                    v,
-                    _first_lanes(bld, bld.sub(n, ir.Constant(n.type, W * j))),
-                    align,
-                )
+                _store_first(ctx, bld, pointer, v, bld.sub(n, ir.Constant(n.type, W * j)))
         row = bld.add(row, ld)
     return ctx.get_dummy_value()
 

@@ -1,0 +1,270 @@
+"""Matrix product with prepacked weights: prefill GEMM, small batches, decode GEMV from one layout.
+
+    C[m, n] = bias[n] + sum over k of A[m, k] * W[n, k]
+
+| Array | Shape              | Type      | Layout                                                  |
+|-------|--------------------|-----------|---------------------------------------------------------|
+| A     | [M, K]             | BF16, f32 | contiguous                                              |
+| W     | [N, K]             | BF16, f32 | as checkpoints hold it; packed once by `pack_weight`    |
+| data  | [N/64, K/S, 64, S] | BF16, f32 | panels of 64 columns; S = 2 for BF16 (pairs), 1 for f32 |
+| bias  | [N]                | f32, None | contiguous                                              |
+| C     | [M, N]             | f32       | contiguous, allocated or given as `out`                 |
+
+In `data` N is padded to 64 and K to S with zeros.
+Moves: N K size(W) + M K size(A) + 4 M N bytes.
+Does: 2 M N K FLOPs. M = 1 is bound by reading W from DRAM, large M by the dot-product units
+    (`vdpbf16ps`: 64 FLOPs an instruction).
+Order: one f32 accumulator per element of C, k ascending (within a BF16 pair k + 1 before k, as
+    `vdpbf16ps` does). It depends neither on M nor on the row's place in the batch, on blocking
+    (between K blocks the accumulator waits in C, exactly) or on threads: a row's bits are the same
+    alone and in any batch.
+Error: |C - exact| <= (K + 1) 2^-24 (|bias| + sum |A| |W|) for inputs as stored, the bound of a
+    sequential f32 sum; products of BF16 are exact in f32. Where a CPU has no fma, twice that.
+Cautions: BF16 dot products take denormals for zero where the CPU has the instruction. NaN or
+    infinity in row m of A reaches row m of C only; in row n of W, column n only.
+Source: register tile and panel packing after Goto and van de Geijn 2008 and BLIS (names MR, NR,
+    KC); re-implements PACE's TPP linear (csrc/ops/libxsmm), which packs [N/32, K/64, 32, 32, 2] and
+    rounds C to BF16.
+Notebook: 03 GEMM ladder, 04 GEMV.
+Ledger: gemm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numba import prange
+
+from pace_nb.kernels import jit
+from pace_nb.kernels.arrays import STORAGE, Array, in_range, require, writable
+from pace_nb.kernels.bf16 import narrow, widen
+from pace_nb.kernels.lanes import (
+    tile_dot,
+    tile_load,
+    tile_load_tail,
+    tile_store,
+    tile_store_tail,
+    tile_zeros,
+)
+
+# ---- constants -----------------------------------------------------------------------------------
+NR = 64  # columns of a panel: one cache line of pairs per vector, four vectors per step of k
+NV = 4  # vectors of a panel
+MR = 6  # rows of a tile: 6 x 4 accumulators, 4 vectors of W and 1 of A fill 29 of the 32 registers
+KC = 2048  # k per block: a panel's block is 256 KiB in BF16, a quarter of L2; read M / MR times
+
+
+class PackedWeight(NamedTuple):
+    """A weight as the kernels read it: `data` flat, [N/64, K/S, 64, S]; n, k as before padding."""
+
+    data: Array
+    n: int
+    k: int
+
+
+# ---- definitions ---------------------------------------------------------------------------------
+def gemm_ref(x: Array, w: Array, bias: Array | None = None) -> Array:
+    """x [M, K] times w [N, K] transposed, plus bias [N], float64."""
+    product = widen(x) @ widen(w).T
+    return product if bias is None else product + bias
+
+
+def pack_weight_ref(w: Array) -> Array:
+    """[N, K] -> flat [N/64, K/S, 64, S], zero where padded."""
+    n, k = w.shape
+    step = _step(w)
+    padded = np.zeros((-n % NR + n, -k % step + k), w.dtype)
+    padded[:n, :k] = w
+    panels = padded.reshape(len(padded) // NR, NR, -1, step)
+    return np.ascontiguousarray(panels.transpose(0, 2, 1, 3)).reshape(-1)
+
+
+def unpack_weight(weight: PackedWeight) -> Array:
+    """The [N, K] array that `pack_weight` was given."""
+    step = _step(weight.data)
+    panels = weight.data.reshape(-(-weight.n // NR), -(-weight.k // step), NR, step)
+    rows = panels.transpose(0, 2, 1, 3).reshape(len(panels) * NR, -1)
+    return np.ascontiguousarray(rows[: weight.n, : weight.k])
+
+
+def gather_rows_ref(weight: PackedWeight, ids: Array) -> Array:
+    """Rows `ids` of the unpacked weight, float64."""
+    return widen(unpack_weight(weight)[ids])
+
+
+def _step(x: Array) -> int:
+    return 2 if x.dtype == np.uint16 else 1
+
+
+# ---- one row tile against one panel --------------------------------------------------------------
+def _row_tile(mr):
+    """The device function for `mr` rows; every size is its own type of tile, held in registers."""
+
+    @jit.device_fn
+    def rows(a, a0, lda, b, b0, steps, first, bias, column, c, c0, ldc, columns):
+        # a [mr, steps * S] at a0; b [steps, 64, S] at b0; c [mr, columns] at c0
+        s = 4 // a.itemsize
+        if not first and columns == NR:
+            acc = tile_load(mr, NV, c, c0, ldc)
+        elif not first:
+            acc = tile_load_tail(mr, NV, c, c0, ldc, columns)
+        elif bias.size:
+            acc = tile_load(mr, NV, bias, column, 0)
+        else:
+            acc = tile_zeros(mr, NV)
+        for p in range(steps):
+            acc = tile_dot(acc, a, a0 + p * s, lda, b, b0 + p * NR * s, 16 * s)
+        if columns == NR:
+            tile_store(acc, c, c0, ldc)
+        else:
+            tile_store_tail(acc, c, c0, ldc, columns)
+
+    return rows
+
+
+_rows_6, _rows_4, _rows_2, _rows_1 = (_row_tile(mr) for mr in (6, 4, 2, 1))
+
+
+@jit.device_fn
+def _panel(a, b, bias, c, ldc, j, m, k, columns):
+    """Columns 64 j to 64 j + columns of c (at column 0 of c's row), for all m rows of a."""
+    s = 4 // a.itemsize
+    steps = (k + s - 1) // s
+    for p in range(0, steps, KC // s):
+        n = min(KC // s, steps - p)
+        a0, b0, first = p * s, (j * steps + p) * NR * s, p == 0
+        i = 0
+        while m - i >= MR:
+            _rows_6(a, a0 + i * k, k, b, b0, n, first, bias, j * NR, c, i * ldc, ldc, columns)
+            i += MR
+        if m - i >= 4:
+            _rows_4(a, a0 + i * k, k, b, b0, n, first, bias, j * NR, c, i * ldc, ldc, columns)
+            i += 4
+        if m - i >= 2:
+            _rows_2(a, a0 + i * k, k, b, b0, n, first, bias, j * NR, c, i * ldc, ldc, columns)
+            i += 2
+        if m - i >= 1:
+            _rows_1(a, a0 + i * k, k, b, b0, n, first, bias, j * NR, c, i * ldc, ldc, columns)
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+@jit.kernel
+def _gemm_kernel(a, b, bias, c, m, n, k):
+    for j in prange((n + NR - 1) // NR):  # one panel of columns per task; columns are independent
+        _panel(a, b, bias, c[j * NR :], n, j, m, k, min(NR, n - j * NR))
+
+
+@jit.kernel
+def _pack_kernel(w, data, row0, n, k):
+    """Rows row0.. of the stacked weight, [n, k] at w, into their places in `data`."""
+    s = 4 // w.itemsize
+    steps = (k + s - 1) // s
+    first = row0 // NR
+    for j in prange(first, (row0 + n + NR - 1) // NR):  # one panel per task
+        for r in range(max(j * NR, row0), min(j * NR + NR, row0 + n)):
+            source, target = (r - row0) * k, (j * steps * NR + r - j * NR) * s
+            for i in range(k):
+                data[target + i // s * (NR * s) + i % s] = w[source + i]
+
+
+@jit.kernel
+def _gather_rows_kernel(data, ids, out, k):
+    s = 4 // data.itemsize
+    steps = (k + s - 1) // s
+    for t in prange(len(ids)):  # one row per task
+        source = (ids[t] // NR * steps * NR + ids[t] % NR) * s
+        for i in range(k):
+            out[t * k + i] = data[source + i // s * (NR * s) + i % s]
+
+
+# ---- public wrappers -----------------------------------------------------------------------------
+def pack_weights(parts: Sequence[Array]) -> PackedWeight:
+    """Stack weights [N0, K], [N1, K], .. along N and pack them: one product then serves them all.
+
+    Parts are uint16 (BF16) or float32, all of one dtype. Returns a PackedWeight with the sum of
+    their N. TypeError or ValueError names the part that does not fit.
+    """
+    if not parts:
+        raise ValueError("pack_weights: parts is empty, expected at least one [N, K] array")
+    k = parts[0].shape[-1] if isinstance(parts[0], np.ndarray) and parts[0].ndim else 0
+    for i, w in enumerate(parts):
+        require("pack_weights", f"parts[{i}]", w, ("N", k), (parts[0].dtype,) if i else STORAGE)
+    n = sum(len(w) for w in parts)
+    if n == 0 or k == 0:
+        raise ValueError(
+            f"pack_weights: parts stack to ({n}, {k}), expected at least one row and column"
+        )
+    step = _step(parts[0])
+    data = np.zeros(-(-n // NR) * -(-k // step) * NR * step, parts[0].dtype)
+    row0 = 0
+    for w in parts:
+        _pack_kernel(np.ascontiguousarray(w).reshape(-1), data, row0, len(w), k)
+        row0 += len(w)
+    return PackedWeight(data, n, k)
+
+
+def pack_weight(w: Array) -> PackedWeight:
+    """Pack one weight [N, K], uint16 (BF16) or float32, out_features first as in checkpoints."""
+    return pack_weights([w])
+
+
+def _check_weight(kernel: str, weight: PackedWeight) -> None:
+    step = _step(weight.data)
+    size = -(-weight.n // NR) * -(-weight.k // step) * NR * step
+    require(kernel, "weight.data", weight.data, (size,), STORAGE)
+
+
+def gemm(
+    x: Array, weight: PackedWeight, bias: Array | None = None, out: Array | None = None
+) -> Array:
+    """x [M, K] times weight [N, K] transposed, plus bias: float32 [M, N].
+
+    x has the weight's dtype (uint16 as BF16, or float32); bias [N] f32 or None; out [M, N] f32,
+    allocated if None. Returns out. TypeError or ValueError names the argument that does not fit.
+    """
+    _check_weight("gemm", weight)
+    require("gemm", "x", x, ("M", weight.k), (weight.data.dtype,))
+    if bias is not None:
+        require("gemm", "bias", bias, (weight.n,))
+    if out is None:
+        out = np.empty((len(x), weight.n), np.float32)
+    else:
+        require("gemm", "out", out, (len(x), weight.n))
+        writable("gemm", "out", out)
+    if jit.use_reference():
+        out[...] = narrow(gemm_ref(x, unpack_weight(weight), bias), np.float32)
+        return out
+    k_pad, n_pad = -weight.k % _step(x), -weight.n % NR
+    if k_pad:
+        x = np.pad(x, ((0, 0), (0, k_pad)))  # an odd K: the last pair needs its zero
+    padded = (
+        np.empty(0, np.float32) if bias is None else np.pad(bias, (0, n_pad)) if n_pad else bias
+    )
+    flat = np.ascontiguousarray(x).reshape(-1)
+    _gemm_kernel(
+        flat,
+        weight.data,
+        np.ascontiguousarray(padded),
+        out.reshape(-1),
+        *x.shape[:1],
+        weight.n,
+        x.shape[1],
+    )
+    return out
+
+
+def gather_rows(weight: PackedWeight, ids: Array) -> Array:
+    """Rows of the weight by number: an embedding, read from the copy that the LM head uses.
+
+    ids [T] int32, each 0 <= id < N. Returns float32 [T, K].
+    """
+    _check_weight("gather_rows", weight)
+    require("gather_rows", "ids", ids, ("T",), (np.int32, np.int64))
+    in_range("gather_rows", "ids", ids, weight.n)
+    if jit.use_reference():
+        return narrow(gather_rows_ref(weight, ids), np.float32)
+    rows = np.empty((len(ids), weight.k), weight.data.dtype)
+    _gather_rows_kernel(weight.data, np.ascontiguousarray(ids), rows.reshape(-1), weight.k)
+    return narrow(widen(rows), np.float32)

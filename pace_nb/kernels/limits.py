@@ -1,0 +1,150 @@
+"""What this machine can do at most: the limits that every kernel is measured against, in the same process.
+
+    flop_peak        dot products on registers only: no memory, no dependency that waits
+    dram_read_rate   every byte of a buffer far larger than the caches, read once
+    copy_rate        read a buffer, write another
+
+| Array  | Shape | Type      | Layout                                   |
+|--------|-------|-----------|------------------------------------------|
+| buffer | [n]   | BF16, f32 | contiguous; pages touched before timing  |
+
+Moves: flop_peak nothing, dram_read_rate n size, copy_rate 2 n size bytes.
+Does: flop_peak 24 dot products a turn (BF16 64 FLOPs each, f32 32); the others nothing that counts.
+Error: none; these are measurements. Each is the best of several repeats, because noise only slows.
+Cautions: DRAM's rate here depends on the pages a buffer got and on how many streams each thread keeps; the read
+    rate is the best of one and of four streams per thread. Quote only ratios taken in one run, interleaved.
+Source: the register peak as in BLIS's and likwid's peak kernels; McCalpin 1995 (STREAM).
+Notebook: 00 where the time goes.
+Ledger: limits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numba import prange
+from numpy.typing import DTypeLike
+
+from pace_nb.kernels import jit
+from pace_nb.kernels.arrays import STORAGE, Array, require
+from pace_nb.kernels.lanes import load, reduce_add, splat, store, tile_dot, tile_store, tile_zeros
+
+TURNS = 1 << 18  # dot-product turns of one measurement: 24 in flight each, about 1 ms a thread
+STREAMED = 1 << 28  # bytes of the buffer that `dram_read_rate` makes: eight times a 32 MiB L3
+
+
+def stream_sum_ref(buffer: Array) -> float:
+    """What the read kernel computes, float64: the sum of the buffer (uint16 as BF16)."""
+    from pace_nb.kernels.bf16 import widen
+
+    return float(widen(buffer).sum())
+
+
+@jit.device_fn
+def _dot_turns(a, b, c, t, turns):
+    acc = tile_zeros(6, 4)
+    for _ in range(turns):
+        acc = tile_dot(acc, a, 0, 0, b, 0, 64 // b.itemsize)  # same operands: they stay in registers
+    tile_store(acc, c, t * 6 * 64, 64)
+
+
+@jit.kernel
+def _dot_turns_kernel(a, b, c, threads, turns):
+    for t in prange(threads):  # one chain of turns per thread
+        _dot_turns(a, b, c, t, turns)
+
+
+@jit.device_fn
+def _sum_streams(x, x0, n, streams):
+    """Sum of x[x0 : x0 + n] read as `streams` (1 or 4) streams side by side; n a multiple of 256."""
+    s0, s1, s2, s3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+    if streams == 1:
+        for i in range(x0, x0 + n, 64):
+            s0, s1 = s0 + load(x, i), s1 + load(x, i + 16)
+            s2, s3 = s2 + load(x, i + 32), s3 + load(x, i + 48)
+    else:
+        q = n // 4
+        for i in range(x0, x0 + q, 64):
+            for j in range(i, i + 64, 16):
+                s0, s1 = s0 + load(x, j), s1 + load(x, j + q)
+                s2, s3 = s2 + load(x, j + 2 * q), s3 + load(x, j + 3 * q)
+    return reduce_add((s0 + s1) + (s2 + s3))
+
+
+@jit.kernel
+def _stream_sum_kernel(x, sums, threads, n, streams):
+    for t in prange(threads):  # one contiguous share per thread
+        sums[t] = _sum_streams(x, t * n, n, streams)
+
+
+@jit.device_fn
+def _copy_share(x, y, x0, n):
+    for i in range(x0, x0 + n, 16):
+        store(y, i, load(x, i))
+
+
+@jit.kernel
+def _copy_kernel(x, y, threads, n):
+    for t in prange(threads):  # one contiguous share per thread
+        _copy_share(x, y, t * n, n)
+
+
+def _best_seconds(run: Callable[[], object], repeats: int) -> float:
+    run()  # compiles, and wakes the threads
+    best = np.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return float(best)
+
+
+def flop_peak(dtype: DTypeLike = np.uint16, repeats: int = 10) -> float:
+    """FLOP/s of dot products on registers, all threads: BF16 (uint16) by vdpbf16ps, or float32 by fma."""
+    threads = jit.num_threads()
+    a, b = np.zeros(2, dtype), np.zeros(128, dtype)
+    c = np.empty(threads * 6 * 64, np.float32)
+    seconds = _best_seconds(lambda: _dot_turns_kernel(a, b, c, threads, TURNS), repeats)
+    return threads * TURNS * 24 * (64 if a.dtype == np.uint16 else 32) / seconds
+
+
+def stream_sum(buffer: Array, streams: int = 1) -> float:
+    """Sum of a 1-D buffer, every byte read once (to a multiple of 256 elements per thread); f32 partial sums.
+
+    buffer [n] BF16 (uint16) or f32; streams 1 or 4 per thread. What `dram_read_rate` times.
+    """
+    require("stream_sum", "buffer", buffer, ("n",), STORAGE)
+    if streams not in (1, 4):
+        raise ValueError(f"stream_sum: streams is {streams}, expected 1 or 4")
+    if jit.use_reference():
+        return stream_sum_ref(buffer)
+    threads = jit.num_threads()
+    share = len(buffer) // threads // 256 * 256
+    sums = np.empty(threads, np.float32)
+    _stream_sum_kernel(np.ascontiguousarray(buffer), sums, threads, share, streams)
+    return float(sums.sum())
+
+
+def dram_read_rate(buffer: Array | None = None, repeats: int = 5) -> float:
+    """Bytes per second that all threads together read from memory.
+
+    `buffer` (1-D, uint16 or float32, far larger than L3) is the memory to read, the weights themselves if they are to
+    be compared with; None makes one of 256 MiB.
+    """
+    if buffer is None:
+        buffer = np.ones(STREAMED // 4, np.float32)
+    threads = jit.num_threads()
+    share = len(buffer) // threads // 256 * 256
+    best = min(_best_seconds(lambda s=s: stream_sum(buffer, s), repeats) for s in (1, 4))  # type: ignore[misc]
+    return threads * share * buffer.itemsize / best
+
+
+def copy_rate(num_bytes: int, repeats: int = 10) -> float:
+    """Bytes per second (read plus written) of a copy of `num_bytes` from one buffer to another, all threads."""
+    threads = jit.num_threads()
+    share = max(num_bytes // 4 // threads // 16 * 16, 16)
+    x, y = np.ones(share * threads, np.float32), np.zeros(share * threads, np.float32)
+    seconds = _best_seconds(lambda: _copy_kernel(x, y, threads, share), repeats)
+    return 2 * x.nbytes / seconds

@@ -1,0 +1,197 @@
+"""gemm.py against its float64 reference: shapes around tile edges, dtypes, order, NaN, threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pace_nb.kernels import gemm as gemm_module
+from pace_nb.kernels import jit
+from pace_nb.kernels.bf16 import from_f32, widen
+from pace_nb.kernels.gemm import (
+    KC,
+    PackedWeight,
+    gather_rows,
+    gemm,
+    gemm_ref,
+    pack_weight,
+    pack_weight_ref,
+    pack_weights,
+    unpack_weight,
+)
+
+Array = NDArray[Any]
+DTYPES = [np.uint16, np.float32]
+SHAPES = [(1, 1, 1), (1, 64, 2), (2, 63, 15), (3, 65, 16), (4, 130, 17), (5, 16, 3), (6, 64, 64)]
+SHAPES += [(7, 200, 33), (13, 70, 40)]
+if not jit.INTERPRETED:
+    SHAPES += [(1, 781, 1823), (25, 100, 2 * KC + 7), (64, 129, 512), (3, 65, KC + 1)]
+
+
+def normal(rng: np.random.Generator, shape: Any, dtype: Any) -> Array:
+    x = rng.standard_normal(shape).astype(np.float32)
+    return from_f32(x) if dtype == np.uint16 else x
+
+
+def assert_within_bound(c: Array, x: Array, w: Array, bias: Array | None) -> None:
+    """The docstring's bound: (K + 1) 2^-24 times the sum of magnitudes, twice that without fma."""
+    sizes = np.abs(widen(x)) @ np.abs(widen(w)).T
+    sizes += 0 if bias is None else np.abs(bias)
+    fused = jit.INTERPRETED or bool({"fma", "avx512f"} & jit.cpu_features())
+    bound = (x.shape[1] + 1) * 2.0**-24 * sizes * (1 if fused else 2) + 1e-37
+    error = np.abs(c - gemm_ref(x, w, bias))
+    assert np.all(error <= bound), float((error / bound).max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_reference(shape: tuple[int, int, int], dtype: Any) -> None:
+    m, n, k = shape
+    rng = np.random.default_rng(m + n + k)
+    x, w = normal(rng, (m, k), dtype), normal(rng, (n, k), dtype)
+    bias = rng.standard_normal(n).astype(np.float32)
+    packed = pack_weight(w)
+    assert_within_bound(gemm(x, packed), x, w, None)
+    surrounded = np.full((m + 2, n), 7.0, np.float32)
+    assert_within_bound(gemm(x, packed, bias, out=surrounded[1:-1]), x, w, bias)
+    assert (surrounded[[0, -1]] == 7.0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (64, 2), (65, 3), (129, 31), (200, 18)])
+def test_packing(shape: tuple[int, int], dtype: Any) -> None:
+    w = normal(np.random.default_rng(1), shape, dtype)
+    packed = pack_weight(w)
+    np.testing.assert_array_equal(packed.data, pack_weight_ref(w))
+    np.testing.assert_array_equal(unpack_weight(packed), w)
+    assert (packed.n, packed.k) == shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stacked_parts_are_the_stacked_weight(dtype: Any) -> None:
+    rng = np.random.default_rng(2)
+    parts = [normal(rng, (n, 20), dtype) for n in (70, 1, 64, 9)]
+    np.testing.assert_array_equal(pack_weights(parts).data, pack_weight_ref(np.concatenate(parts)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_do_not_depend_on_the_batch_or_on_threads(dtype: Any) -> None:
+    """Batch invariance: a row has the same bits alone and in any batch, place or thread."""
+    rng = np.random.default_rng(3)
+    k = 70 if jit.INTERPRETED else KC + 70
+    x, w = normal(rng, (21, k), dtype), normal(rng, (130, k), dtype)
+    packed, threads = pack_weight(w), jit.num_threads()
+    whole = gemm(x, packed)
+    for first, last in [(0, 1), (20, 21), (3, 5), (2, 7), (5, 13), (1, 21)]:
+        np.testing.assert_array_equal(gemm(x[first:last], packed), whole[first:last])
+    try:
+        jit.set_num_threads(1)
+        np.testing.assert_array_equal(gemm(x, packed), whole)
+    finally:
+        jit.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_do_not_depend_on_what_is_stacked_beside_them(dtype: Any) -> None:
+    rng = np.random.default_rng(4)
+    x, a, b = (
+        normal(rng, (3, 40), dtype),
+        normal(rng, (70, 40), dtype),
+        normal(rng, (50, 40), dtype),
+    )
+    both = gemm(x, pack_weights([a, b]))
+    np.testing.assert_array_equal(both[:, :70], gemm(x, pack_weight(a)))
+    np.testing.assert_array_equal(both[:, 70:], gemm(x, pack_weight(b)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_and_infinity_stay_in_their_row_and_column(bad: float, dtype: Any) -> None:
+    rng = np.random.default_rng(5)
+    x, w = rng.standard_normal((9, 21)), rng.standard_normal((70, 21))
+    to_storage = (lambda a: from_f32(a.astype(np.float32))) if dtype == np.uint16 else np.float32
+    clean = gemm(to_storage(x), pack_weight(to_storage(w)))
+    x[4, 20], w[66, 3] = bad, bad
+    c = gemm(to_storage(x), pack_weight(to_storage(w)))
+    touched = np.zeros(c.shape, bool)
+    touched[4, :], touched[:, 66] = True, True
+    assert not np.isfinite(c[touched]).any()
+    np.testing.assert_array_equal(c[~touched], clean[~touched])
+
+
+def test_strided_x_gives_the_same_bits() -> None:
+    rng = np.random.default_rng(6)
+    x, w = normal(rng, (8, 60), np.uint16), normal(rng, (66, 30), np.uint16)
+    packed = pack_weight(w)
+    expected = gemm(np.ascontiguousarray(x[:, ::2]), packed)
+    np.testing.assert_array_equal(gemm(x[:, ::2], packed), expected)
+    np.testing.assert_array_equal(gemm(x[::-1, ::2], packed), expected[::-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather_rows_reads_the_packed_copy(dtype: Any) -> None:
+    w = normal(np.random.default_rng(7), (150, 21), dtype)
+    ids = np.array([149, 0, 64, 63, 64], np.int32)
+    rows = gather_rows(pack_weight(w), ids)
+    assert rows.dtype == np.float32
+    np.testing.assert_array_equal(rows, widen(w)[ids])
+    with jit.using("reference"):
+        np.testing.assert_array_equal(gather_rows(pack_weight(w), ids), rows)
+
+
+def test_reference_mode_runs_the_reference() -> None:
+    rng = np.random.default_rng(8)
+    x, w = normal(rng, (3, 40), np.uint16), normal(rng, (5, 40), np.uint16)
+    bias = rng.standard_normal(5).astype(np.float32)
+    with jit.using("reference"):
+        c = gemm(x, pack_weight(w), bias)
+    np.testing.assert_array_equal(c, gemm_ref(x, w, bias).astype(np.float32))
+
+
+def test_no_rows_is_fine() -> None:
+    packed = pack_weight(np.ones((3, 4), np.float32))
+    assert gemm(np.zeros((0, 4), np.float32), packed).shape == (0, 3)
+
+
+X, W = np.zeros((2, 8), np.float32), pack_weight(np.zeros((3, 8), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((X[:, :7], W), r"x has shape \(2, 7\), expected \(M, 8\)"),
+        ((X.astype(np.uint16), W), "x has dtype uint16, expected float32"),
+        ((X, W, np.zeros(4, np.float32)), r"bias has shape \(4,\), expected \(3\)"),
+        ((X, W, None, np.zeros((2, 4), np.float32)), r"out has shape \(2, 4\), expected \(2, 3\)"),
+        ((X, W, None, np.zeros((2, 6), np.float32)[:, ::2]), "out is not a contiguous"),
+        ((X, PackedWeight(W.data[:-1], 3, 8)), r"weight.data has shape \(511,\), expected \(512\)"),
+    ],
+)
+def test_bad_input_names_the_argument(arguments: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"gemm: {message}"):
+        gemm(*arguments)
+
+
+def test_bad_ids_and_parts() -> None:
+    with pytest.raises(ValueError, match="gather_rows: ids holds 3, expected 0 to 2"):
+        gather_rows(W, np.array([0, 3], np.int32))
+    with pytest.raises(ValueError, match=r"parts\[1\] has shape \(3, 7\), expected \(N, 8\)"):
+        pack_weights([np.zeros((3, 8), np.float32), np.zeros((3, 7), np.float32)])
+    with pytest.raises(ValueError, match="parts is empty"):
+        pack_weights([])
+
+
+@pytest.mark.skipif(
+    jit.INTERPRETED or not {"avx512f", "avx512bf16"} <= jit.cpu_features(),
+    reason="the CPU has no vdpbf16ps",
+)
+def test_assembly_has_the_dot_product_and_no_spills() -> None:
+    x = np.zeros((2, 64), np.uint16)
+    gemm(x, pack_weight(np.zeros((64, 64), np.uint16)))
+    assembly = jit.assembly(gemm_module._gemm_kernel)
+    inner = [line for line in assembly.splitlines() if "vdpbf16ps" in line]
+    assert len(inner) >= 24 and all("zmm" in line for line in inner)
+    assert "Spill" not in assembly
