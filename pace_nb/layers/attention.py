@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pace_nb.batch import Batch
 from pace_nb.kernels import attention_decode, attention_prefill, bf16, kv_write, rope
-from pace_nb.kv_cache.base import BatchKV, KVView
+from pace_nb.kv_cache.base import BatchKV
 from pace_nb.layers.rope import Rotation
 from pace_nb.layers.weights import Float32Array
 
@@ -116,13 +116,14 @@ class Attention:
         view, pool = step.kv.view, step.kv.layer(self._layer_index)
         storage = pool.k.dtype
         queries, keys = _rotated(q, rotation, storage), _rotated(k, rotation, storage)
-        kv_write.kv_write(keys, v, pool, view, step.batch.positions, step.batch.cu_seqlens_q)
+        kv_write.kv_write(keys, v, pool, *view, step.batch.cu_seqlens_q, step.batch.context_lens)
         out = np.empty(q.shape, storage)
         for run in step.runs:
             run.kernel(
                 queries[run.tokens],
                 pool,
-                KVView(view.block_table[run.sequences], view.units_per_block),
+                view.block_table[run.sequences],
+                view.units_per_block,
                 run.cu_seqlens_q,
                 run.context_lens,
                 self._scale,

@@ -250,14 +250,15 @@ def _yarn(p: RopeParameters, sequence_len: int) -> Float64Array:
     low, high = max(low, 0), min(high, p.rotary_dim - 1)
     if low == high:
         high += 0.001  # as in the reference: a step instead of a division by zero
-    ramp = np.clip((np.arange(p.rotary_dim // 2) - low) / (high - low), 0.0, 1.0)
+    ramp: Float64Array = np.clip((np.arange(p.rotary_dim // 2) - low) / (high - low), 0.0, 1.0)
     return inv_freq / p.stretch * ramp + inv_freq * (1.0 - ramp)
 
 
 def _longrope(p: RopeParameters, sequence_len: int) -> Float64Array:
     # Exactly at the original length the short factors still hold (PACE_INVENTORY 4.1 #9).
     factors = p.long_factor if sequence_len > p.original_length else p.short_factor
-    return _default(p) / np.array(factors)
+    stretch: Float64Array = np.array(factors)
+    return _default(p) / stretch
 
 
 def _powers(theta: float, rotary_dim: int) -> Float64Array:

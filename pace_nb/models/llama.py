@@ -185,6 +185,6 @@ class LlamaForCausalLM(Module):
         "layers": "model.layers",
         "norm": "model.norm",
     }
-    # Endings of tensors that a checkpoint may hold and that mean nothing here: old exports saved
-    # the frequencies.
-    ignored_weights: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)
+    # Endings of tensors that may be there without being used: frequencies that old exports saved,
+    # and the copy of a tied head.
+    ignored_weights: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq", "lm_head.weight")

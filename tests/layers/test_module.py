@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pace_nb.layers.module import Module, sibling
 
 
@@ -25,7 +27,7 @@ class Block(Module):
 
 
 class Root(Module):
-    weight_names = {"layers": "model.layers"}
+    weight_names: ClassVar = {"layers": "model.layers"}
 
     def __init__(self, depth):
         self.norm = Leaf((5,))

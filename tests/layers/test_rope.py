@@ -15,38 +15,38 @@ from pace_nb.layers.rope import (
     inverse_frequencies,
 )
 
-LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=500000.0,
-    max_position_embeddings=131072,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=8192,
-)
-LONGROPE = dict(
-    rope_type="longrope",
-    rotary_dim=16,
-    original_max_position_embeddings=64,
-    short_factor=(1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7),
-    long_factor=(1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0, 47.77),
-)
-YARN = dict(
-    rope_type="yarn",
-    max_position_embeddings=4096,
-    factor=4.0,
-    original_max_position_embeddings=1024,
-)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rotary_dim": 16,
+    "original_max_position_embeddings": 64,
+    "short_factor": (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7),
+    "long_factor": (1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0, 47.77),
+}
+YARN = {
+    "rope_type": "yarn",
+    "max_position_embeddings": 4096,
+    "factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}
 
 # What ROPE_INIT_FUNCTIONS of transformers 5.19 return (float32, seven digits): name, parameters,
 # sequence length, {index: inv_freq}, attention factor.
 FACTS = [
     ("default", {}, 0, {0: 1.0, 1: 0.5623413, 15: 0.0001778279}, 1.0),
-    ("linear", dict(rope_type="linear", factor=4.0), 0, {0: 0.25, 15: 4.445699e-05}, 1.0),
-    ("dynamic short", dict(rope_type="dynamic", factor=4.0), 2048, {15: 0.0001778279}, 1.0),
+    ("linear", {"rope_type": "linear", "factor": 4.0}, 0, {0: 0.25, 15: 4.445699e-05}, 1.0),
+    ("dynamic short", {"rope_type": "dynamic", "factor": 4.0}, 2048, {15: 0.0001778279}, 1.0),
     (
         "dynamic long",
-        dict(rope_type="dynamic", factor=4.0),
+        {"rope_type": "dynamic", "factor": 4.0},
         5000,
         {0: 1.0, 1: 0.4950466, 8: 0.00360719, 15: 2.628404e-05},
         1.0,
@@ -82,14 +82,14 @@ FACTS = [
     ),
     (
         "yarn, truncate false",
-        dict(
-            rope_type="yarn",
-            rope_theta=150000.0,
-            max_position_embeddings=1024,
-            factor=32.0,
-            original_max_position_embeddings=32,
-            truncate=False,
-        ),
+        {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "max_position_embeddings": 1024,
+            "factor": 32.0,
+            "original_max_position_embeddings": 32,
+            "truncate": False,
+        },
         0,
         {0: 1.0, 1: 0.2643136, 2: 0.02556476, 3: 0.003344513, 15: 4.387979e-07},
         1.3465735902799727,
@@ -171,7 +171,7 @@ def test_growing_keeps_every_bit_and_grows_only_when_needed():
         np.testing.assert_array_equal(old, at_once[:10])
 
 
-@pytest.mark.parametrize("changes", [LONGROPE, dict(rope_type="dynamic", factor=4.0)])
+@pytest.mark.parametrize("changes", [LONGROPE, {"rope_type": "dynamic", "factor": 4.0}])
 def test_a_sequence_does_not_depend_on_its_neighbours_length(changes):
     """Three sequences of a batch, one of them long: each gets what it gets alone."""
     rotary = RotaryEmbedding(parameters(max_position_embeddings=64, **changes))
@@ -193,22 +193,25 @@ def test_float64_angles_stay_exact_at_long_positions():
 
 
 def test_unknown_type_names_the_supported():
-    with pytest.raises(UnsupportedModelError, match="'mrope' is not supported.*llama3.*yarn"):
+    with pytest.raises(UnsupportedModelError, match=r"'mrope' is not supported.*llama3.*yarn"):
         parameters(rope_type="mrope")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(rotary_dim=0), "rotary dimension is 0"),
-        (dict(rotary_dim=15), "rotary dimension is 15, expected an even number"),
-        (dict(rope_theta=-1.0), "rope rope_theta is -1.0"),
-        (dict(rope_theta=math.nan), "rope rope_theta is nan"),
-        (dict(rope_type="linear"), "rope factor is missing"),
-        (dict(rope_type="linear", factor=0.0), "rope factor is 0.0"),
-        (dict(rope_type="linear", factor=math.inf), "rope factor is inf"),
-        (dict(rope_type="dynamic", factor=2.0, rotary_dim=2), "needs at least 4"),
-        (dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0), "high_freq_factor is missing"),
+        ({"rotary_dim": 0}, "rotary dimension is 0"),
+        ({"rotary_dim": 15}, "rotary dimension is 15, expected an even number"),
+        ({"rope_theta": -1.0}, "rope rope_theta is -1.0"),
+        ({"rope_theta": math.nan}, "rope rope_theta is nan"),
+        ({"rope_type": "linear"}, "rope factor is missing"),
+        ({"rope_type": "linear", "factor": 0.0}, "rope factor is 0.0"),
+        ({"rope_type": "linear", "factor": math.inf}, "rope factor is inf"),
+        ({"rope_type": "dynamic", "factor": 2.0, "rotary_dim": 2}, "needs at least 4"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0},
+            "high_freq_factor is missing",
+        ),
         (dict(YARN, rope_theta=1.0), "needs another base"),
         (dict(LONGROPE, short_factor=(1.0,)), "short_factor has 1 numbers, expected 8"),
         (dict(LONGROPE, long_factor=(1.0,) * 7 + (-1.0,)), "long_factor must hold positive"),

@@ -1,4 +1,4 @@
-"""Every field is checked where it is read, and both spellings of the rotary settings mean the same."""
+"""Every field is checked where it is read; both spellings of the rotary settings mean the same."""
 
 from __future__ import annotations
 

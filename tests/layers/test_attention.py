@@ -1,0 +1,157 @@
+"""Attention over the cache against dense NumPy attention, and which kernel serves a sequence."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from pace_nb.kernels.attention_decode import attention_decode
+from pace_nb.kernels.attention_prefill import attention_prefill
+
+from pace_nb.batch import Batch
+from pace_nb.config import CacheConfig
+from pace_nb.kv_cache.base import BatchKV, KVCacheConfig
+from pace_nb.kv_cache.contiguous import ContiguousCache
+from pace_nb.layers.attention import DECODE_QUERY_LEN, Attention, Step, choose_kernel
+from pace_nb.layers.rope import RopeParameters, RotaryEmbedding
+
+H, KVH, D = 4, 2, 16
+SCALE = 0.3
+
+
+def new_cache(dtype):
+    return ContiguousCache(KVCacheConfig(2, KVH, D, dtype), CacheConfig("contiguous", 512, 256))
+
+
+def step_of(cache, spans):
+    """spans: (request id, start, number of tokens)."""
+    batch = Batch.from_spans([(name, start, [0] * n, 0) for name, start, n in spans])
+    for name, start, n in spans:
+        assert cache.allocate(name, start + n)
+    return Step.of(batch, BatchKV(cache.view(batch), cache))
+
+
+def dense(q, k, v, window=0, sinks=None):
+    """Causal attention of one sequence, float64. q [T, H, D], k and v [T, KVH, D]."""
+    out = np.empty(q.shape)
+    for h in range(H):
+        keys, values = k[:, h // (H // KVH)], v[:, h // (H // KVH)]
+        for t in range(len(q)):
+            first = max(0, t - window + 1) if window else 0
+            scores = keys[first : t + 1] @ q[t, h] * SCALE
+            extra = [] if sinks is None else [sinks[h]]
+            weights = np.exp(np.concatenate([scores, extra]) - scores.max())
+            weights = weights[: len(scores)] / weights.sum()
+            out[t, h] = weights @ values[first : t + 1]
+    return out.reshape(len(q), -1)
+
+
+def rotated(x, theta=10000.0):
+    """The first half of each head is x, the second y of the rotated points; float64."""
+    positions = np.arange(len(x))[:, None, None]
+    angle = positions * theta ** (-np.arange(0, D, 2) / D)
+    a, b = x[..., : D // 2], x[..., D // 2 :]
+    return np.concatenate(
+        [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1
+    )
+
+
+def sequence(rng, length):
+    """q, k, v as strided views of one array, as a fused projection gives them."""
+    heads = rng.standard_normal((length, H + 2 * KVH, D)).astype(np.float32)
+    return np.split(heads, (H, H + KVH), axis=1)
+
+
+def run(attention, cache, qkv, spans, rotary=None):
+    """Feed slices of whole sequences, {name: (q, k, v)}, as one batch."""
+    step = step_of(cache, spans)
+    parts = [[qkv[name][i][start : start + n] for name, start, n in spans] for i in range(3)]
+    q, k, v = (np.concatenate(part) for part in parts)
+    rotation = rotary(step.batch.positions, step.sequence_lens) if rotary else None
+    return attention(q, k, v, step, rotation)
+
+
+@pytest.mark.parametrize("window", [0, 1, 5])
+@pytest.mark.parametrize("rotate", [False, True])
+def test_one_sequence_at_once(rng, dtype, value, window, rotate):
+    q, k, v = sequence(rng, 40)
+    rotary = RotaryEmbedding(RopeParameters(D, 256)) if rotate else None
+    attention = Attention(1, SCALE, window=window)
+    out = run(attention, new_cache(dtype), {"a": (q, k, v)}, [("a", 0, 40)], rotary)
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    if rotate:
+        q, k = rotated(q), rotated(k)
+    bound = 1e-5 if dtype == "float32" else 0.03
+    np.testing.assert_allclose(value(out), dense(q, k, v, window), atol=bound)
+
+
+def test_sinks_enter_the_denominator(rng, dtype, value):
+    q, k, v = sequence(rng, 20)
+    sinks = np.array([0.0, 3.0, -5.0, 20.0], np.float32)
+    cache = new_cache(dtype)
+    step = step_of(cache, [("a", 0, 20)])
+    out = Attention(0, SCALE)(q, k, v, step, None, sinks)
+    bound = 1e-5 if dtype == "float32" else 0.03
+    np.testing.assert_allclose(value(out), dense(q, k, v, sinks=sinks), atol=bound)
+
+
+def test_any_schedule_gives_the_same_bits(rng, dtype):
+    """Prefill at once, in chunks, token by token, mixed with others: one arithmetic per row."""
+    lengths = {"a": 41, "b": 23, "c": 3}
+    qkv = {name: sequence(rng, length) for name, length in lengths.items()}
+    rotary = RotaryEmbedding(RopeParameters(D, 256))
+    attention = Attention(0, SCALE)
+    alone = {
+        name: run(attention, new_cache(dtype), qkv, [(name, 0, length)], rotary)
+        for name, length in lengths.items()
+    }
+    schedule = [
+        [("a", 0, 1), ("b", 0, 20), ("c", 0, 2)],
+        [("b", 20, 1), ("a", 1, 30)],
+        [("c", 2, 1), ("b", 21, 1), ("a", 31, 7)],
+        [("a", 38, 1), ("b", 22, 1)],
+        [("a", 39, 2)],
+    ]
+    cache, mixed = new_cache(dtype), {name: [] for name in lengths}
+    for spans in schedule:
+        out = run(attention, cache, qkv, spans, rotary)
+        bounds = np.cumsum([0, *(n for _, _, n in spans)])
+        for (name, _, _), first, end in zip(spans, bounds[:-1], bounds[1:], strict=True):
+            mixed[name].append(out[first:end])
+    for name in lengths:
+        np.testing.assert_array_equal(np.concatenate(mixed[name]), alone[name])
+
+
+def test_the_cache_keeps_layers_apart(rng):
+    q, k, v = sequence(rng, 8)
+    cache = new_cache("float32")
+    step = step_of(cache, [("a", 0, 8)])
+    first = Attention(0, SCALE)(q, k, v, step, None)
+    Attention(1, SCALE)(q, -k, 2 * v, step, None)
+    again = Attention(0, SCALE)(q, k, v, step, None)
+    np.testing.assert_array_equal(first, again)
+    assert math.isfinite(float(np.abs(cache.layer(1).v).max()))
+    assert not np.array_equal(cache.layer(0).v, cache.layer(1).v)
+
+
+def test_the_kernel_is_chosen_by_query_length():
+    assert choose_kernel(1) is attention_decode
+    assert choose_kernel(DECODE_QUERY_LEN) is attention_decode
+    assert choose_kernel(DECODE_QUERY_LEN + 1) is attention_prefill
+
+
+def test_neighbours_with_the_same_kernel_are_one_run():
+    long = DECODE_QUERY_LEN + 5
+    spans = [("a", 9, 1), ("b", 0, 2), ("c", 4, long), ("d", 0, long), ("e", 30, 1)]
+    batch = Batch.from_spans([(name, start, [0] * n, 0) for name, start, n in spans])
+    runs = Step.of(batch, None).runs
+    assert [r.kernel for r in runs] == [attention_decode, attention_prefill, attention_decode]
+    assert [(r.sequences, r.tokens) for r in runs] == [
+        (slice(0, 2), slice(0, 3)),
+        (slice(2, 4), slice(3, 3 + 2 * long)),
+        (slice(4, 5), slice(3 + 2 * long, 4 + 2 * long)),
+    ]
+    assert [r.cu_seqlens_q.tolist() for r in runs] == [[0, 1, 3], [0, long, 2 * long], [0, 1]]
+    assert [r.context_lens.tolist() for r in runs] == [[10, 2], [4 + long, long], [31]]
+    assert all(r.cu_seqlens_q.dtype == np.int32 for r in runs)

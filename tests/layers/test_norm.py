@@ -1,0 +1,48 @@
+"""Norms against NumPy, and the residual addition they carry."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pace_nb.layers.norm import LayerNorm, RMSNorm
+
+
+def rms(x, weight, eps):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def layer(x, weight, bias, eps):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * weight + bias
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
+def test_norm_with_and_without_the_addition(load, rng, dtype, value, kind, bias):
+    eps = 0.05  # large enough to matter
+    weight, shift = rng.standard_normal((2, 37)).astype(np.float32)
+    tensors = {"weight": weight}
+    if kind is LayerNorm and bias:
+        tensors["bias"] = shift
+    else:
+        shift = np.zeros_like(shift)
+    module = RMSNorm(37, eps) if kind is RMSNorm else LayerNorm(37, eps, bias=bias)
+    load(module, dtype, tensors)
+    residual = rng.standard_normal((4, 37)).astype(np.float32)
+    delta = rng.standard_normal((4, 37)).astype(np.float32)
+    total = residual + delta
+
+    def expected(x):
+        x = x.astype(np.float64)
+        return rms(x, weight, eps) if kind is RMSNorm else layer(x, weight, shift, eps)
+
+    bound = 1e-5 if dtype == "float32" else 2**-8
+    kept = residual.copy()
+    found = module(residual)
+    assert found.dtype == (np.float32 if dtype == "float32" else np.uint16)
+    np.testing.assert_allclose(value(found), expected(residual), rtol=bound, atol=1e-5)
+    np.testing.assert_array_equal(residual, kept)
+    found = module(residual, delta)
+    np.testing.assert_allclose(value(found), expected(total), rtol=bound, atol=1e-5)
+    np.testing.assert_array_equal(residual, total)
