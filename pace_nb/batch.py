@@ -8,12 +8,12 @@ many), padding, storage or models.
 
     | field        | shape, dtype | meaning                                                        |
     |--------------|--------------|----------------------------------------------------------------|
-    | request_ids  | B strings    | whose tokens they are; a cache finds its storage by this id      |
+    | request_ids  | B strings    | whose tokens they are; a cache finds its storage by it         |
     | token_ids    | int32[T]     | the query tokens, request after request                        |
     | positions    | int32[T]     | position of each token in its own sequence, from 0             |
-    | cu_seqlens_q | int32[B+1]   | b owns token_ids[cu_seqlens_q[b]:cu_seqlens_q[b+1]], never empty |
+    | cu_seqlens_q | int32[B+1]   | b has token_ids[cu_seqlens_q[b]:cu_seqlens_q[b+1]], never none |
     | context_lens | int32[B]     | keys that b has once this step's keys are written              |
-    | logits_rows  | int32[R]     | indices into T, ascending, of the rows whose logits are wanted   |
+    | logits_rows  | int32[R]     | indices into T, ascending: the rows whose logits are wanted    |
 
 The last query token of a request is its last key:
 positions[cu_seqlens_q[b+1] - 1] == context_lens[b] - 1.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pace_nb.errors import ConfigError
 
@@ -57,7 +58,7 @@ class EngineConfig:
     enable_chunked_prefill: bool = True
     kv_cache: str = "contiguous"
     kv_cache_memory_bytes: int | None = None
-    kernels: str = "numba"
+    kernels: Literal["numba", "reference"] = "numba"
     seed: int = 0
     num_threads: int | None = None
 

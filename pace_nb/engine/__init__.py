@@ -1,1 +1,1 @@
-"""The engine: requests in, tokens out. It schedules, runs, samples and updates; it knows no text."""
+"""The engine: requests in, tokens out. It schedules, runs, samples, updates; it knows no text."""

@@ -1,1 +1,12 @@
 """Storage of keys and values between steps: one protocol (base.py), one file per kind."""
+
+from pace_nb.config import CacheConfig
+from pace_nb.kv_cache.base import KVCache, KVCacheConfig
+from pace_nb.kv_cache.contiguous import ContiguousCache
+
+_KINDS = {"contiguous": ContiguousCache}
+
+
+def create_cache(model: KVCacheConfig, config: CacheConfig) -> KVCache:
+    """An empty cache of the kind and size that `config` says. OutOfMemoryError where it fails."""
+    return _KINDS[config.kind](model, config)

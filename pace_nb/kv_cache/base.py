@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pace_nb.batch import Batch
-from pace_nb.errors import ConfigError
+from pace_nb.errors import ConfigError, OutOfMemoryError
 
 UNIT = 16
 
@@ -75,14 +75,22 @@ class KVCacheConfig:
         return self.num_layers * self.num_kv_heads * per_head * self.storage_dtype.itemsize
 
     def allocate_layers(self, num_units: int) -> tuple[KVPool, ...]:
-        """One pool of `num_units` per layer, zero; pages cost no memory until they are written."""
+        """One pool of `num_units` per layer, zero; pages cost no memory until they are written.
+
+        OutOfMemoryError where the system refuses even that.
+        """
         s, kvh = self.pair, self.num_kv_heads
         k_shape = (kvh, num_units, self.head_dim // s, UNIT, s)
         v_shape = (kvh, num_units, UNIT // s, self.padded_head_dim, s)
-        return tuple(
-            KVPool(np.zeros(k_shape, self.storage_dtype), np.zeros(v_shape, self.storage_dtype))
-            for _ in range(self.num_layers)
-        )
+        try:
+            return tuple(
+                KVPool(np.zeros(k_shape, self.storage_dtype), np.zeros(v_shape, self.storage_dtype))
+                for _ in range(self.num_layers)
+            )
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                f"no memory for a KV cache of {num_units * self.bytes_per_unit} bytes"
+            ) from error
 
 
 class KVPool(NamedTuple):

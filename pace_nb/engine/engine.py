@@ -1,0 +1,203 @@
+"""`Engine`: the `step()` loop. Requests in, tokens out.
+
+Knows the order of things: schedule, run, sample, update. Does not know text, HTTP or arithmetic.
+
+What fails, fails alone:
+
+- A request that could never run is refused by `check`, with the numbers, before it waits.
+- Logits from which no token can be taken end their request with finish_reason "error" and the
+  reason in `Request.error`; its room in the cache is overwritten before others get it.
+- When a step raises, each of its requests is run again by itself (what it computes does not depend
+  on the batch, and nothing has been updated yet). Those that raise again end with "error".
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from pace_nb.config import EngineConfig
+from pace_nb.engine.model_runner import FORWARD_ID, Float32Array, ModelRunner
+from pace_nb.engine.request import Request
+from pace_nb.engine.sampler import Sampled, Sampler
+from pace_nb.engine.scheduler import Scheduled, Scheduler
+from pace_nb.engine.stopping import check_tokens
+from pace_nb.errors import InvalidRequestError
+from pace_nb.kv_cache.base import KVCache
+from pace_nb.outputs import FinishReason
+
+if TYPE_CHECKING:
+    from pace_nb.models.registry import Model
+
+
+_log = logging.getLogger(__name__)
+
+
+class Progress(NamedTuple):
+    """What a step did for a request: new tokens, its end, or both."""
+
+    request: Request
+    new_token_ids: Sequence[int]
+
+
+class Engine:
+    """Serves requests with one model and one KV cache. Not thread-safe.
+
+    max_model_len: the longest sequence, prompt and output together.
+    """
+
+    def __init__(
+        self, model: Model, cache: KVCache, config: EngineConfig, max_model_len: int
+    ) -> None:
+        self.max_model_len = max_model_len
+        self._cache = cache
+        self._runner = ModelRunner(model, cache, config)
+        self._scheduler = Scheduler(config, cache)
+        self._sampler = Sampler(config.seed)
+        self._requests: dict[str, Request] = {}  # unfinished
+        self._num_arrived = 0
+
+    def step(self) -> list[Progress]:
+        """Bring requests forward by one step; returns those with new tokens or an end."""
+        if not self._requests:
+            return []
+        scheduled = self._scheduler.schedule()
+        try:
+            logits = self._runner.run(scheduled)
+            sampled = self._sampler.sample(scheduled, logits)
+        except Exception:
+            sampled = self._one_by_one(scheduled)
+        return self._update(scheduled, sampled)
+
+    def add(self, request: Request) -> None:
+        """Accept a request that `check` accepts; it runs in the steps to come."""
+        self.check(request)
+        request.arrival = self._num_arrived
+        self._num_arrived += 1
+        if request.params.seed is None:
+            request.seed = self._sampler.draw_seed(request.arrival)
+        else:
+            request.seed = request.params.seed
+        self._requests[request.request_id] = request
+        self._scheduler.add(request)
+
+    def check(self, request: Request) -> None:
+        """InvalidRequestError, saying what and by how much, for a request that cannot be served."""
+        prompt, params = request.prompt_token_ids, request.params
+        if request.request_id in self._requests or request.request_id == FORWARD_ID:
+            raise InvalidRequestError(f"request id {request.request_id!r} is taken")
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty, expected at least one token")
+        self.check_token_ids("prompt token id", prompt)
+        self.check_token_ids("allowed_token_ids entry", params.allowed_token_ids or ())
+        self.check_token_ids("logit_bias key", params.logit_bias or ())
+        for word in request.bad_words_token_ids:
+            self.check_token_ids("token id of a bad word", word)
+        if len(prompt) >= self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(prompt)} tokens, expected at most {self.max_model_len - 1}: "
+                f"prompt and output share a context of {self.max_model_len} (max_model_len)"
+            )
+        # The last token that is generated is never computed, so it needs no room.
+        needed = len(prompt) + request.max_tokens - 1
+        if needed > self._cache.num_total_tokens:
+            raise InvalidRequestError(
+                f"{len(prompt)} prompt tokens and {request.max_tokens} new ones need KV cache for "
+                f"{needed} tokens, the whole cache holds {self._cache.num_total_tokens}: lower "
+                "max_tokens or raise kv_cache_memory_bytes"
+            )
+        if not 1 <= request.max_tokens <= self.max_model_len - len(prompt):
+            raise InvalidRequestError(
+                f"max_tokens is {request.max_tokens}, expected 1 to "
+                f"{self.max_model_len - len(prompt)}: the prompt has {len(prompt)} tokens, the "
+                f"context {self.max_model_len}"
+            )
+
+    def check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
+        """InvalidRequestError for the first that is no int in the vocabulary."""
+        for token_id in token_ids:
+            if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
+                raise InvalidRequestError(
+                    f"{name} is {token_id!r}, expected an integer from 0 to {self.vocab_size - 1}"
+                )
+
+    def abort(self, request_id: str) -> None:
+        """End a request now, wherever it is, and give its room back; unknown ids: nothing."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._finish(request, "abort")
+
+    def forward(self, token_ids: Sequence[int]) -> Float32Array:
+        """Logits f32[T, V] of one sequence, beside whatever runs.
+
+        Raises InvalidRequestError for token ids or a length that the model cannot take,
+        OutOfMemoryError where the cache has no room left.
+        """
+        if not 1 <= len(token_ids) <= self.max_model_len:
+            raise InvalidRequestError(
+                f"forward got {len(token_ids)} tokens, expected 1 to {self.max_model_len}"
+            )
+        self.check_token_ids("token id", token_ids)
+        return self._runner.forward(token_ids)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self._runner.vocab_size
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len(self._requests)
+
+    def _one_by_one(self, scheduled: Sequence[Scheduled]) -> list[Sampled]:
+        """A step that raised, again, one request at a time."""
+        _log.warning("a step of %d requests failed", len(scheduled), exc_info=True)
+        sampled = []
+        for one in scheduled:
+            try:
+                sampled += self._sampler.sample([one], self._runner.run([one]))
+            except Exception as error:
+                reason = " ".join(str(error).split())
+                sampled.append(Sampled(error=f"{type(error).__name__}: {reason}"))
+        return sampled
+
+    def _update(self, scheduled: Sequence[Scheduled], sampled: Sequence[Sampled]) -> list[Progress]:
+        """Write the results of a step into its requests; end those that are done."""
+        progress = []
+        for (request, num_tokens), result in zip(scheduled, sampled, strict=True):
+            if result.error is not None:
+                request.error = result.error
+                self._finish(request, "error")
+                progress.append(Progress(request, ()))
+                continue
+            request.num_computed_tokens += num_tokens
+            if request.prompt_logprobs is not None:
+                request.prompt_logprobs += result.prompt_logprobs
+            if not result.token_ids:
+                continue
+            num_kept, finish_reason, request.stop_reason = check_tokens(
+                result.token_ids,
+                request.num_generated_tokens,
+                request.params,
+                request.eos_token_ids,
+                request.max_tokens,
+            )
+            request.token_ids += result.token_ids[:num_kept]
+            if request.logprobs is not None:
+                request.logprobs += result.logprobs[:num_kept]
+            request.metrics.last_token_time = time.monotonic()
+            if request.metrics.first_token_time is None:
+                request.metrics.first_token_time = request.metrics.last_token_time
+            if finish_reason is not None:
+                self._finish(request, finish_reason)
+            progress.append(Progress(request, result.token_ids[:num_kept]))
+        return progress
+
+    def _finish(self, request: Request, finish_reason: FinishReason) -> None:
+        del self._requests[request.request_id]
+        self._scheduler.finish(request, zero=finish_reason == "error")
+        request.finish_reason = finish_reason
+        request.metrics.finished_time = time.monotonic()

@@ -1,0 +1,112 @@
+"""`ModelRunner`: from what is scheduled to logits. It owns the model and its KV cache.
+
+Knows how requests become a `Batch`. Does not know who should run (scheduler.py) or what the logits
+are for (sampler.py). It is the only place in the engine that calls a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pace_nb.batch import Batch
+from pace_nb.config import EngineConfig
+from pace_nb.engine.scheduler import Scheduled
+from pace_nb.errors import OutOfMemoryError
+from pace_nb.kernels import jit
+from pace_nb.kv_cache.base import BatchKV, KVCache
+
+if TYPE_CHECKING:
+    from pace_nb.models.registry import Model
+
+Float32Array = NDArray[np.float32]
+
+FORWARD_ID = "forward"  # names the cache's room of `ModelRunner.forward`; requests have other ids
+
+
+class StepLogits:
+    """Logits of one step's `Batch.logits_rows`, computed when they are asked for.
+
+    A long prompt whose log-probabilities are wanted has more rows than should exist at once.
+    """
+
+    def __init__(self, runner: ModelRunner, hidden: Float32Array, batch: Batch) -> None:
+        self._runner = runner
+        self._hidden = hidden
+        self._logits_rows = batch.logits_rows
+
+    def __len__(self) -> int:
+        """R: rows there are."""
+        return len(self._logits_rows)
+
+    def rows(self, indices: NDArray[np.int64]) -> Float32Array:
+        """f32[len(indices), V]: the given rows, counted within `Batch.logits_rows`."""
+        return self._runner.logits(self._hidden, self._logits_rows[indices])
+
+
+class ModelRunner:
+    """Runs batches through the model, with the kernels that the config names."""
+
+    def __init__(self, model: Model, cache: KVCache, config: EngineConfig) -> None:
+        self._model = model
+        self._kernels = config.kernels
+        self._max_num_batched_tokens = config.max_num_batched_tokens
+        self.cache = cache
+        if config.num_threads is not None:
+            jit.set_num_threads(config.num_threads)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self._model.vocab_size
+
+    def run(self, scheduled: Sequence[Scheduled]) -> StepLogits:
+        """Compute the next tokens of each request and store their keys and values."""
+        batch = Batch.from_spans(
+            [
+                (
+                    request.request_id,
+                    (start := request.num_computed_tokens),
+                    request.token_ids[start : start + num_tokens],
+                    request.num_logits(num_tokens),
+                )
+                for request, num_tokens in scheduled
+            ]
+        )
+        return StepLogits(self, self._hidden(batch), batch)
+
+    def logits(self, hidden: Float32Array, rows: NDArray[np.int32]) -> Float32Array:
+        """f32[len(rows), V] of rows of hidden[T, E]."""
+        if not len(rows):
+            return np.empty((0, self.vocab_size), np.float32)
+        with jit.using(self._kernels):
+            return self._model.logits(hidden, rows)
+
+    def forward(self, token_ids: Sequence[int]) -> Float32Array:
+        """Logits f32[T, V] of all tokens of one sequence; its room is given back.
+
+        Raises OutOfMemoryError, with the numbers, when the cache has no room beside what runs.
+        """
+        if not self.cache.allocate(FORWARD_ID, len(token_ids)):
+            raise OutOfMemoryError(
+                f"forward needs KV cache for {len(token_ids)} tokens, free are "
+                f"{self.cache.num_free_tokens} of {self.cache.num_total_tokens}"
+            )
+        try:
+            out = np.empty((len(token_ids), self.vocab_size), np.float32)
+            for start in range(0, len(token_ids), self._max_num_batched_tokens):
+                chunk = token_ids[start : start + self._max_num_batched_tokens]
+                batch = Batch.from_spans([(FORWARD_ID, start, chunk, len(chunk))])
+                hidden = self._hidden(batch)
+                out[start : start + len(chunk)] = self.logits(hidden, batch.logits_rows)
+            return out
+        finally:
+            self.cache.free(FORWARD_ID)
+
+    def _hidden(self, batch: Batch) -> Float32Array:
+        """f32[T, E]."""
+        with jit.using(self._kernels):
+            return self._model(batch, BatchKV(self.cache.view(batch), self.cache))

@@ -1,0 +1,123 @@
+"""`Scheduler`: which request gets how many tokens in this step.
+
+Knows how far each request is behind, the token budget and whether the cache has room. Does not know
+models, arrays or text.
+
+A step has `max_num_batched_tokens` to give away:
+
+1. Running requests first. Those that are behind by one token (they decode) come before those that
+   are behind by more (they prefill), so a long prompt never makes the others wait for more than one
+   budget. Within each group the oldest is first.
+2. What is left goes to waiting requests, first come, first served, while fewer than `max_num_seqs`
+   run and the cache has room for all the tokens they have now.
+
+With chunked prefill a request takes what is left of the budget and goes on in the next step.
+Without it a prompt runs whole or waits, and the first one of a step may exceed the budget.
+
+When a running request needs room and there is none, the youngest running request is preempted: it
+gives all its room back, waits at its old place in the line and later computes its tokens anew. The
+oldest is never preempted, and alone it always fits (the engine refuses what never could), so it
+finishes, and then the next is the oldest. In a step that preempted, nobody is admitted.
+Source: vLLM v1 (`vllm/v1/core/sched/scheduler.py`); RELIABILITY.md R9.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from typing import TYPE_CHECKING, NamedTuple
+
+from pace_nb.config import EngineConfig
+from pace_nb.engine.request import Request, RequestStatus
+
+if TYPE_CHECKING:
+    from pace_nb.kv_cache.base import KVCache  # it imports numpy
+
+
+class Scheduled(NamedTuple):
+    """A request and how many of its tokens this step computes, at least one."""
+
+    request: Request
+    num_tokens: int
+
+
+class Scheduler:
+    """Owns the lines of waiting and running requests, both in order of arrival."""
+
+    def __init__(self, config: EngineConfig, cache: KVCache) -> None:
+        self._max_num_seqs = config.max_num_seqs
+        self._max_num_batched_tokens = config.max_num_batched_tokens
+        self._chunked_prefill = config.enable_chunked_prefill
+        self._cache = cache
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+
+    def add(self, request: Request) -> None:
+        """Put a new request at the end of the line."""
+        insort(self.waiting, request, key=_arrival)
+
+    def schedule(self) -> list[Scheduled]:
+        """Share out one step's budget; empty only when no request is unfinished.
+
+        RuntimeError should requests wait and none can run: the engine would spin for ever.
+        """
+        scheduled: list[Scheduled] = []
+        budget = self._max_num_batched_tokens
+        preempted = False
+
+        for request in sorted(self.running, key=lambda request: request.num_behind > 1):
+            num_tokens = self._share(request, budget, scheduled)
+            # A request that prefills has room for all its tokens since it was admitted. So only the
+            # decoding ones may preempt, in order of age: their victims are not scheduled yet.
+            while num_tokens and request.status is RequestStatus.RUNNING:
+                if self._cache.allocate(request.request_id, request.num_tokens):
+                    scheduled.append(Scheduled(request, num_tokens))
+                    budget -= num_tokens
+                    break
+                self._preempt(self.running[-1])
+                preempted = True
+
+        while self.waiting and len(self.running) < self._max_num_seqs and not preempted:
+            request = self.waiting[0]
+            num_tokens = self._share(request, budget, scheduled)
+            if not num_tokens or not self._cache.allocate(request.request_id, request.num_tokens):
+                break
+            self.running.append(self.waiting.pop(0))
+            request.status = RequestStatus.RUNNING
+            if request.metrics.first_scheduled_time is None:
+                request.metrics.first_scheduled_time = time.monotonic()
+            scheduled.append(Scheduled(request, num_tokens))
+            budget -= num_tokens
+
+        if self.waiting and not scheduled:
+            raise RuntimeError(f"{len(self.waiting)} requests wait and none can run")
+        return scheduled
+
+    def finish(self, request: Request, *, zero: bool = False) -> None:
+        """Take a request out, wherever it is, and give its room back.
+
+        zero: what it stored may be NaN, so it is overwritten first.
+        """
+        (self.running if request.status is RequestStatus.RUNNING else self.waiting).remove(request)
+        request.status = RequestStatus.FINISHED
+        self._cache.free(request.request_id, zero=zero)
+
+    def _share(self, request: Request, budget: int, scheduled: list[Scheduled]) -> int:
+        """Tokens the request gets of what is left of the budget; 0 = it has to wait."""
+        wanted = request.num_behind
+        if wanted <= budget or self._chunked_prefill:
+            return min(wanted, max(budget, 0))
+        return 0 if any(num_tokens > 1 for _, num_tokens in scheduled) else wanted
+
+    def _preempt(self, request: Request) -> None:
+        """Take the room of a running request; it waits in its old place and begins anew."""
+        self.running.remove(request)
+        self._cache.free(request.request_id)
+        request.status = RequestStatus.WAITING
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        insort(self.waiting, request, key=_arrival)
+
+
+def _arrival(request: Request) -> int:
+    return request.arrival

@@ -1,0 +1,125 @@
+"""The pool's size: from what was asked, what is available and what can be used at most."""
+
+from __future__ import annotations
+
+import pytest
+
+from pace_nb.config import EngineConfig
+from pace_nb.errors import ConfigError, OutOfMemoryError
+from pace_nb.kv_cache import budget
+from pace_nb.kv_cache.base import UNIT, KVCacheConfig
+
+MODEL = KVCacheConfig(num_layers=2, num_kv_heads=1, head_dim=16, dtype="float32")  # 4096 B a unit
+
+
+@pytest.fixture(autouse=True)
+def available(monkeypatch):
+    """4 MiB are available, so that no test depends on the machine."""
+    monkeypatch.setattr(budget, "available_memory", lambda: 4 * 2**20)
+
+
+def test_no_more_than_all_sequences_could_use():
+    found = budget.cache_budget(EngineConfig(max_num_seqs=3), MODEL, max_model_len=100)
+    assert found.cache.num_tokens == 3 * 7 * UNIT
+    assert found.cache.max_model_len == 100
+    assert found.arithmetic == (
+        "KV cache: 336 tokens x 256 bytes = 0.1 MiB; the least of 3.0 MiB (75% of 4.0 MiB left) "
+        "and 3 sequences of 100 tokens"
+    )
+
+
+def test_what_is_available_bounds_it():
+    found = budget.cache_budget(EngineConfig(), MODEL, max_model_len=10_000)
+    assert found.cache.num_tokens == 768 * UNIT  # three quarters of 4 MiB in units of 4096 bytes
+    assert found.cache.max_model_len == 10_000
+
+
+def test_what_was_asked_for_bounds_it():
+    config = EngineConfig(kv_cache_memory_bytes=5 * 4096 + 4095)
+    found = budget.cache_budget(config, MODEL, max_model_len=48)
+    assert found.cache.num_tokens == 5 * UNIT
+    assert "asked for" in found.arithmetic
+
+
+def test_an_open_max_model_len_shrinks_to_the_pool_and_a_given_one_is_refused():
+    config = EngineConfig(kv_cache_memory_bytes=4 * 4096)
+    assert budget.cache_budget(config, MODEL, max_model_len=99).cache.max_model_len == 64
+    config = EngineConfig(kv_cache_memory_bytes=4 * 4096, max_model_len=99)
+    with pytest.raises(ConfigError, match="max_model_len is 99, the KV cache holds 64 tokens"):
+        budget.cache_budget(config, MODEL, max_model_len=99)
+
+
+def test_more_than_is_available_is_refused():
+    config = EngineConfig(kv_cache_memory_bytes=5 * 2**20)
+    with pytest.raises(OutOfMemoryError, match="is 5242880, available are 4194304 bytes"):
+        budget.cache_budget(config, MODEL, max_model_len=99)
+
+
+def test_room_for_nothing_is_refused():
+    config = EngineConfig(kv_cache_memory_bytes=4095)
+    with pytest.raises(OutOfMemoryError, match="4096 bytes for 16 tokens, its budget is 4095"):
+        budget.cache_budget(config, MODEL, max_model_len=99)
+
+
+class TestAvailableMemory:
+    """On a made-up /proc and /sys."""
+
+    @pytest.fixture
+    def system(self, tmp_path, monkeypatch):
+        monkeypatch.undo()
+
+        def write(files):
+            for name, text in files.items():
+                path = tmp_path / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+            return tmp_path
+
+        return write
+
+    def test_the_machine_alone(self, system):
+        root = system({"proc/meminfo": "MemTotal: 900 kB\nMemAvailable:   500 kB\n"})
+        assert budget.available_memory(root) == 500 * 1024
+
+    def test_cgroup_v2_and_its_parents_with_page_cache_counted_as_free(self, system):
+        root = system(
+            {
+                "proc/meminfo": "MemAvailable: 500 kB\n",
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/b/memory.max": "max\n",
+                "sys/fs/cgroup/a/memory.max": "300000\n",
+                "sys/fs/cgroup/a/memory.current": "250000\n",
+                "sys/fs/cgroup/a/memory.stat": "anon 1\ninactive_file 40000\n",
+            }
+        )
+        assert budget.available_memory(root) == 90000
+
+    def test_cgroup_v1_in_a_container_that_sees_only_its_own_group(self, system):
+        root = system(
+            {
+                "proc/meminfo": "MemAvailable: 500 kB\n",
+                "proc/self/cgroup": "5:cpu,cpuacct:/x\n9:memory:/docker/abc\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "200000\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "150000\n",
+                "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 10000\n",
+            }
+        )
+        assert budget.available_memory(root) == 60000
+
+    def test_no_limit_in_cgroup_v1_is_a_huge_number(self, system):
+        root = system(
+            {
+                "proc/meminfo": "MemAvailable: 500 kB\n",
+                "proc/self/cgroup": "9:memory:/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{2**63 - 4096}\n",
+            }
+        )
+        assert budget.available_memory(root) == 500 * 1024
+
+    def test_a_system_that_says_nothing_has_what_sysconf_says(self, tmp_path, monkeypatch):
+        monkeypatch.undo()
+        assert 2**20 < budget.available_memory(tmp_path) < 2**50
+
+    def test_this_machine(self, monkeypatch):
+        monkeypatch.undo()
+        assert 2**20 < budget.available_memory() < 2**50

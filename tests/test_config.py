@@ -1,0 +1,71 @@
+"""Every option that cannot be meant is refused by name, in one line."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from pace_nb.config import CacheConfig, EngineConfig
+from pace_nb.errors import ConfigError
+
+
+def test_defaults_are_valid_and_frozen():
+    config = EngineConfig()
+
+    assert (config.dtype, config.kernels, config.kv_cache) == ("bfloat16", "numba", "contiguous")
+    assert config.enable_chunked_prefill
+    assert config.max_num_batched_tokens >= config.max_num_seqs
+    with pytest.raises(FrozenInstanceError):
+        config.seed = 1
+
+
+def test_auto_dtype_is_bfloat16():
+    assert EngineConfig(dtype="auto") == EngineConfig(dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("model", ""),
+        ("model", 5),
+        ("tokenizer", ""),
+        ("revision", ""),
+        ("revision", 3),
+        ("dtype", "float16"),
+        ("dtype", None),
+        ("kernels", "cuda"),
+        ("kv_cache", "dynamic"),
+        ("enable_chunked_prefill", 1),
+        ("max_num_seqs", 0),
+        ("max_num_seqs", None),
+        ("max_num_batched_tokens", -5),
+        ("max_num_batched_tokens", 2.5),
+        ("max_model_len", 0),
+        ("max_model_len", True),
+        ("kv_cache_memory_bytes", 0),
+        ("kv_cache_memory_bytes", "1g"),
+        ("num_threads", 0),
+        ("seed", None),
+        ("seed", 1.0),
+    ],
+)
+def test_a_value_that_cannot_be_meant(field, value):
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(**{field: value})
+    message = str(caught.value)
+    assert field in message and repr(value) in message and "\n" not in message
+
+
+def test_a_budget_below_one_token_per_request():
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens \(8\) .* max_num_seqs \(9\)"):
+        EngineConfig(max_num_batched_tokens=8, max_num_seqs=9)
+
+
+@pytest.mark.parametrize(
+    "kind, num_tokens, max_model_len",
+    [("none", 16, 16), ("contiguous", 0, 16), ("contiguous", 17, 16), ("contiguous", 16, 0)],
+)
+def test_a_cache_size_that_cannot_be(kind, num_tokens, max_model_len):
+    with pytest.raises(ConfigError):
+        CacheConfig(kind, num_tokens, max_model_len)
