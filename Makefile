@@ -84,7 +84,8 @@ notebooks: $(VENV)/.installed-notebooks
 	done; [ $$found = 1 ] || echo "make notebooks: there are no notebooks/NN_*.ipynb yet"
 
 bench: $(VENV)/.installed-test
-	@for bench in bench/kernels/bench_*.py; do $(BIN)/python "$$bench" || exit 1; done
+	@for bench in bench/kernels/bench_*.py; do \
+	    $(BIN)/python -m "bench.kernels.$$(basename "$$bench" .py)" || exit 1; done
 	$(BIN)/python bench/readme_table.py
 
 docs: $(VENV)/.installed-test

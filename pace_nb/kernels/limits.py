@@ -1,19 +1,20 @@
-"""What this machine can do at most: the limits that every kernel is measured against, in the same process.
+"""What this machine can do at most: the limits that kernels are measured against, in one process.
 
-    flop_peak        dot products on registers only: no memory, no dependency that waits
-    dram_read_rate   every byte of a buffer far larger than the caches, read once
-    copy_rate        read a buffer, write another
+    flop_peak       dot products on registers only: no memory, no dependency that waits
+    dram_read_rate  every byte of a buffer far larger than the caches, read once
+    copy_rate       read one buffer, write another
 
-| Array  | Shape | Type      | Layout                                   |
-|--------|-------|-----------|------------------------------------------|
-| buffer | [n]   | BF16, f32 | contiguous; pages touched before timing  |
+| Array  | Shape | Type      | Layout                                |
+|--------|-------|-----------|---------------------------------------|
+| buffer | [n]   | BF16, f32 | contiguous; pages touched beforehand  |
 
-Moves: flop_peak nothing, dram_read_rate n size, copy_rate 2 n size bytes.
-Does: flop_peak 24 dot products a turn (BF16 64 FLOPs each, f32 32); the others nothing that counts.
-Error: none; these are measurements. Each is the best of several repeats, because noise only slows.
-Cautions: DRAM's rate here depends on the pages a buffer got and on how many streams each thread keeps; the read
-    rate is the best of one and of four streams per thread. Quote only ratios taken in one run, interleaved.
-Source: the register peak as in BLIS's and likwid's peak kernels; McCalpin 1995 (STREAM).
+Moves: flop_peak nothing, dram_read_rate n size bytes, copy_rate 2 n size bytes.
+Does: flop_peak 24 dot products a turn (BF16 64 FLOPs each, f32 32); the others none that count.
+Error: `stream_sum` adds in f32, n 2^-24 relative; the rest are measurements, best of several,
+    because noise only slows.
+Cautions: DRAM's rate depends on the pages a buffer got and on how many streams a thread keeps, so
+    the read rate is the best of one and of four streams. Quote ratios taken in one run.
+Source: register peak as in BLIS's and likwid's peak kernels; McCalpin 1995 (STREAM).
 Notebook: 00 where the time goes.
 Ledger: limits.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numba import prange
@@ -29,16 +31,15 @@ from numpy.typing import DTypeLike
 
 from pace_nb.kernels import jit
 from pace_nb.kernels.arrays import STORAGE, Array, require
+from pace_nb.kernels.bf16 import widen
 from pace_nb.kernels.lanes import load, reduce_add, splat, store, tile_dot, tile_store, tile_zeros
 
-TURNS = 1 << 18  # dot-product turns of one measurement: 24 in flight each, about 1 ms a thread
-STREAMED = 1 << 28  # bytes of the buffer that `dram_read_rate` makes: eight times a 32 MiB L3
+TURNS = 1 << 18  # turns of one measurement, 24 dot products each: about 1 ms
+STREAMED = 1 << 28  # bytes that `dram_read_rate` reads by default: eight times a 32 MiB L3
 
 
 def stream_sum_ref(buffer: Array) -> float:
     """What the read kernel computes, float64: the sum of the buffer (uint16 as BF16)."""
-    from pace_nb.kernels.bf16 import widen
-
     return float(widen(buffer).sum())
 
 
@@ -46,7 +47,7 @@ def stream_sum_ref(buffer: Array) -> float:
 def _dot_turns(a, b, c, t, turns):
     acc = tile_zeros(6, 4)
     for _ in range(turns):
-        acc = tile_dot(acc, a, 0, 0, b, 0, 64 // b.itemsize)  # same operands: they stay in registers
+        acc = tile_dot(acc, a, 0, 0, b, 0, 64 // b.itemsize)  # they stay in registers
     tile_store(acc, c, t * 6 * 64, 64)
 
 
@@ -58,7 +59,7 @@ def _dot_turns_kernel(a, b, c, threads, turns):
 
 @jit.device_fn
 def _sum_streams(x, x0, n, streams):
-    """Sum of x[x0 : x0 + n] read as `streams` (1 or 4) streams side by side; n a multiple of 256."""
+    """Sum of x[x0 : x0 + n] read as 1 or 4 streams side by side; n a multiple of 256."""
     s0, s1, s2, s3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     if streams == 1:
         for i in range(x0, x0 + n, 64):
@@ -91,29 +92,56 @@ def _copy_kernel(x, y, threads, n):
         _copy_share(x, y, t * n, n)
 
 
-def _best_seconds(run: Callable[[], object], repeats: int) -> float:
-    run()  # compiles, and wakes the threads
-    best = np.inf
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return float(best)
+class Probe(NamedTuple):
+    """Something to time: `run()` does `amount` FLOPs or bytes at the machine's limit."""
+
+    run: Callable[[], object]
+    amount: float
 
 
-def flop_peak(dtype: DTypeLike = np.uint16, repeats: int = 10) -> float:
-    """FLOP/s of dot products on registers, all threads: BF16 (uint16) by vdpbf16ps, or float32 by fma."""
+def flop_probe(dtype: DTypeLike = np.uint16) -> Probe:
+    """Dot products on registers, all threads: BF16 (uint16) by vdpbf16ps, or float32 by fma."""
     threads = jit.num_threads()
     a, b = np.zeros(2, dtype), np.zeros(128, dtype)
     c = np.empty(threads * 6 * 64, np.float32)
-    seconds = _best_seconds(lambda: _dot_turns_kernel(a, b, c, threads, TURNS), repeats)
-    return threads * TURNS * 24 * (64 if a.dtype == np.uint16 else 32) / seconds
+    flops = threads * TURNS * 24 * (64 if a.dtype == np.uint16 else 32)
+    return Probe(lambda: _dot_turns_kernel(a, b, c, threads, TURNS), flops)
+
+
+def read_probes(buffer: Array) -> list[Probe]:
+    """Reading a 1-D buffer (uint16 or float32) once, with one and with four streams per thread."""
+    threads = jit.num_threads()
+    read = len(buffer) // threads // 256 * 256 * threads * buffer.itemsize
+    return [Probe(lambda s=s: stream_sum(buffer, s), read) for s in (1, 4)]  # type: ignore[misc]
+
+
+def copy_probe(num_bytes: int) -> Probe:
+    """A copy of about `num_bytes` between two buffers, all threads; counts read plus written."""
+    threads = jit.num_threads()
+    share = max(num_bytes // 4 // threads // 16 * 16, 16)
+    x, y = np.ones(share * threads, np.float32), np.zeros(share * threads, np.float32)
+    return Probe(lambda: _copy_kernel(x, y, threads, share), 2 * x.nbytes)
+
+
+def _rate(probe: Probe, repeats: int) -> float:
+    probe.run()  # compiles, and wakes the threads
+    best = np.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        probe.run()
+        best = min(best, time.perf_counter() - start)
+    return float(probe.amount / best)
+
+
+def flop_peak(dtype: DTypeLike = np.uint16, repeats: int = 10) -> float:
+    """FLOP/s of `flop_probe`, best of `repeats`."""
+    return _rate(flop_probe(dtype), repeats)
 
 
 def stream_sum(buffer: Array, streams: int = 1) -> float:
-    """Sum of a 1-D buffer, every byte read once (to a multiple of 256 elements per thread); f32 partial sums.
+    """Sum of a 1-D buffer, every byte read once (to a multiple of 256 elements per thread).
 
-    buffer [n] BF16 (uint16) or f32; streams 1 or 4 per thread. What `dram_read_rate` times.
+    buffer [n] BF16 (uint16) or f32; streams 1 or 4 per thread; f32 partial sums.
     """
     require("stream_sum", "buffer", buffer, ("n",), STORAGE)
     if streams not in (1, 4):
@@ -128,23 +156,16 @@ def stream_sum(buffer: Array, streams: int = 1) -> float:
 
 
 def dram_read_rate(buffer: Array | None = None, repeats: int = 5) -> float:
-    """Bytes per second that all threads together read from memory.
+    """Bytes per second that all threads together read from memory, best of `repeats` and patterns.
 
-    `buffer` (1-D, uint16 or float32, far larger than L3) is the memory to read, the weights themselves if they are to
-    be compared with; None makes one of 256 MiB.
+    `buffer` (1-D, uint16 or float32, far larger than L3) is the memory to read: the weights
+    themselves if they are to be compared with. None makes one of 256 MiB.
     """
     if buffer is None:
         buffer = np.ones(STREAMED // 4, np.float32)
-    threads = jit.num_threads()
-    share = len(buffer) // threads // 256 * 256
-    best = min(_best_seconds(lambda s=s: stream_sum(buffer, s), repeats) for s in (1, 4))  # type: ignore[misc]
-    return threads * share * buffer.itemsize / best
+    return max(_rate(probe, repeats) for probe in read_probes(buffer))
 
 
 def copy_rate(num_bytes: int, repeats: int = 10) -> float:
-    """Bytes per second (read plus written) of a copy of `num_bytes` from one buffer to another, all threads."""
-    threads = jit.num_threads()
-    share = max(num_bytes // 4 // threads // 16 * 16, 16)
-    x, y = np.ones(share * threads, np.float32), np.zeros(share * threads, np.float32)
-    seconds = _best_seconds(lambda: _copy_kernel(x, y, threads, share), repeats)
-    return 2 * x.nbytes / seconds
+    """Bytes per second, read plus written, of `copy_probe`, best of `repeats`."""
+    return _rate(copy_probe(num_bytes), repeats)
