@@ -5,9 +5,10 @@ Knows the result schema and the two markers in the README. Measures nothing.
     python bench/readme_table.py           # rewrite the README's table
     python bench/readme_table.py --check   # exit 1 when the table is not what the results give
 
-A result file holds {"bench": name, "machine": {key: value}, "rows": [{"case", "value", "unit",
-"limit", "limit_unit", "share"}]}: `limit` was measured in the same process, `share` is how much of
-it was reached (1.0 is all). A table is never typed by hand, so it cannot drift from the files.
+A result file holds {"bench": name, "machine": {key: value}, "preempted": times that the scheduler
+took a CPU away during the run, "rows": [{"case", "value", "unit", "limit", "limit_unit", "share"}]}:
+`limit` was measured in the same process, `share` is how much of it was reached (1.0 is all). A
+table is never typed by hand, so it cannot drift from the files.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def machine_line(machine: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in machine.items())
+def circumstances(record: dict[str, Any]) -> str:
+    """On what, when, and how quietly a bench was run."""
+    facts = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+    return f"{record['bench']}: {facts}, preempted {record['preempted']} times during the run"
 
 
 def render(results: Path) -> str:
@@ -47,9 +50,7 @@ def render(results: Path) -> str:
                 f"| {record['bench']} | {row['case']} | {number(row['value'])} {row['unit']} "
                 f"| {number(row['limit'])} {row['limit_unit']} | {row['share']:.0%} |"
             )
-    machines = list(dict.fromkeys(machine_line(record["machine"]) for record in records))
-    lines += ["", *(f"Measured on: {machine}." for machine in machines)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(f"- {circumstances(record)}" for record in records)])
 
 
 def replaced(readme: str, table: str) -> str:

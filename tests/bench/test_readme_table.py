@@ -1,0 +1,76 @@
+"""The README's table is made from result files and nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import readme_table
+
+ROW = {
+    "case": "M=1, 256 MiB",
+    "value": 44.04,
+    "unit": "GB/s",
+    "limit": 46.0,
+    "limit_unit": "GB/s",
+    "share": 0.957,
+}
+
+
+def record(bench="gemm", rows=(ROW,)):
+    return {
+        "bench": bench,
+        "machine": {"cpu": "EPYC", "threads": 2},
+        "preempted": 3,
+        "rows": list(rows),
+    }
+
+
+def write(folder, **records):
+    for name, content in records.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_rows_come_in_order_of_files(tmp_path):
+    write(tmp_path, norm=record("norm"), gemm=record("gemm", [ROW, {**ROW, "share": 0.5}]))
+    lines = readme_table.render(tmp_path).splitlines()
+    assert lines[2] == "| gemm | M=1, 256 MiB | 44 GB/s | 46 GB/s | 96% |"
+    assert lines[3].endswith("| 50% |")
+    assert lines[4].startswith("| norm |")
+    assert lines[-1] == "- norm: cpu EPYC, threads 2, preempted 3 times during the run"
+
+
+def test_without_results_it_says_so(tmp_path):
+    assert readme_table.render(tmp_path).startswith("No results have been recorded yet")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.12345, "0.123"), (1.0, "1"), (23.46, "23.5"), (99.96, "100"), (1234.5, "1,234")]
+)  # fmt: skip
+def test_numbers_have_three_figures(value, text):
+    assert readme_table.number(value) == text
+
+
+def test_only_what_is_between_the_marks_changes():
+    readme = f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n"
+    new = readme_table.replaced(readme, "new")
+    assert new == f"before\n{readme_table.BEGIN}\nnew\n{readme_table.END}\nafter\n"
+    assert readme_table.replaced(new, "new") == new
+
+
+@pytest.mark.parametrize("readme", ["no marks", f"{readme_table.BEGIN}", f"{readme_table.END * 2}"])
+def test_missing_or_doubled_marks_are_refused(readme):
+    with pytest.raises(ValueError, match="each results mark exactly once"):
+        readme_table.replaced(readme, "new")
+
+
+def test_check_tells_a_difference(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    write(tmp_path / "bench" / "results", gemm=record())
+    (tmp_path / "README.md").write_text(f"{readme_table.BEGIN}\nold\n{readme_table.END}\n")
+    monkeypatch.setattr(readme_table, "ROOT", tmp_path)
+    assert readme_table.main(["--check"]) == 1
+    assert "make docs" in capsys.readouterr().err
+    assert readme_table.main([]) == 0
+    assert readme_table.main(["--check"]) == 0

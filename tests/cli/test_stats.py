@@ -1,0 +1,74 @@
+"""The arithmetic of `--stats`."""
+
+from __future__ import annotations
+
+import pytest
+
+from pace_nb.cli.stats import Stopwatch, report, weight_bytes_per_token
+
+
+def watch(started=10.0, first=10.5, last=12.5, num_tokens=5):
+    return Stopwatch(started, first, last, num_tokens)
+
+
+def test_the_decode_rate_counts_the_tokens_after_the_first():
+    assert watch().time_to_first_token == pytest.approx(0.5)
+    assert watch().decode_rate == pytest.approx(4 / 2.0)
+
+
+def test_a_rate_needs_two_tokens():
+    assert watch(num_tokens=1).decode_rate is None
+    assert Stopwatch().decode_rate is None
+    assert Stopwatch().time_to_first_token is None
+
+
+def test_tokens_sets_the_first_time_once(monkeypatch):
+    times = iter([3.0, 4.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    stopwatch = Stopwatch(started=1.0)
+    stopwatch.tokens(1)
+    stopwatch.tokens(2)
+    assert (stopwatch.first, stopwatch.last, stopwatch.num_tokens) == (3.0, 4.0, 2)
+
+
+LAYER = [("layers.0.q_proj.weight", (8, 4)), ("layers.0.input_layernorm.weight", (4,))]
+
+
+def test_weight_bytes_of_a_tied_head_count_the_embedding_once():
+    tensors = [("embed_tokens.weight", (100, 4)), *LAYER]
+    assert weight_bytes_per_token(tensors, 2) == 2 * (100 * 4 + 8 * 4) + 4 * 4
+
+
+def test_weight_bytes_of_an_untied_head_count_one_row_of_the_embedding():
+    tensors = [("embed_tokens.weight", (100, 4)), *LAYER, ("lm_head.weight", (100, 4))]
+    assert weight_bytes_per_token(tensors, 2) == 4 * 4 + 2 * (100 * 4 + 8 * 4) + 4 * 4
+
+
+def show(stopwatch, read_rate=8e6, num_compiled=0):
+    return report(
+        stopwatch,
+        num_prompt_tokens=7,
+        num_compiled=num_compiled,
+        weight_bytes=1_000_000,
+        read_rate=read_rate,
+    )
+
+
+def test_the_share_is_the_rate_over_the_limit():
+    text = show(watch())  # 2 tokens/s of 8 MB/s over 1 MB
+    assert "prompt    7 tokens" in text
+    assert "500.0 ms to the first token" in text
+    assert "2.0 tokens/s over 5 tokens" in text
+    assert "25% of 8.0 tokens/s" in text
+    assert "1.0 MB" in text
+
+
+def test_compilation_in_the_first_token_is_named():
+    assert "3 kernels compiled" in show(watch(), num_compiled=3)
+    assert "compiled" not in show(watch())
+
+
+def test_nothing_is_made_up_where_nothing_was_measured():
+    assert "roofline  not measured" in show(watch(), read_rate=None)
+    assert "too few for a rate" in show(watch(num_tokens=1))
+    assert "no token was generated" in show(Stopwatch())
