@@ -825,39 +825,41 @@ def tile_dot(
     BF16:    a pair of k; A[i] = a[a0 + i * lda : + 2], B vector j = b[b0 + j * ldb : + 32] as pairs
              (`dot_pairs`).
     """
+    columns = tuple(b0 + j * ldb for j in range(acc.shape[1] // W))
+    return tile_dot_apart(acc, a, a0, lda, b, columns, 0)
+
+
+def tile_dot_apart(
+    acc: np.ndarray,
+    a: np.ndarray,
+    a0: int,
+    lda: int,
+    b: np.ndarray,
+    b0: tuple[int, ...],
+    offset: int,
+) -> np.ndarray:
+    """As tile_dot, with B vector j at b[b0[j] + offset : ...]: one start per vector."""
+    s = 2 if a.dtype == np.uint16 else 1
     mr, nv = acc.shape[0], acc.shape[1] // W
-    acc = acc.copy()
-    for j in range(nv):
-        columns = slice(j * W, (j + 1) * W)
-        for i in range(mr):
-            if a.dtype == np.uint16:
-                acc[i, columns] = dot_pairs(
-                    acc[i, columns], splat_pair(a, a0 + i * lda), load_pairs(b, b0 + j * ldb)
-                )
-            else:
-                acc[i, columns] = fma(
-                    splat(a[a0 + i * lda]), b[b0 + j * ldb : b0 + j * ldb + W], acc[i, columns]
-                )
+    words = np.stack([b[i + offset : i + offset + s * W] for i in b0[:nv]])
+    x = _as_f32(np.stack([a[a0 + i * lda : a0 + i * lda + s] for i in range(mr)]))
+    y = _as_f32(words).reshape(1, nv * W, s)
+    x, y = x.reshape(mr, 1, s).astype(np.float64), y.astype(np.float64)
+    for e in reversed(range(s)):  # of a pair the odd element first, as in dot_pairs
+        acc = (acc + x[..., e] * y[..., e]).astype(np.float32)
     return acc
 
 
-def _tile_dot_type(acc: Any, a: Any, a0: Any, lda: Any, b: Any, b0: Any, ldb: Any) -> Any:
-    ours = isinstance(acc, TileType) and _is_memory(a) and _is_memory(b) and a.dtype == b.dtype
-    return acc if ours else None
-
-
-@llvm_body(tile_dot, _tile_dot_type)
-def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+def _dot_step(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any, starts: list[Any]) -> Any:
+    """The tile args[0] after one step along K; `starts` are the offsets of the B vectors."""
     tile, value = sig.args[0], args[0]
-    row, ld, col, ldb = (ctx.cast(bld, args[k], sig.args[k], types.intp) for k in (2, 3, 5, 6))
+    row, ld = (ctx.cast(bld, args[k], sig.args[k], types.intp) for k in (2, 3))
     paired = sig.args[1].dtype == types.uint16
-    columns = []
-    for j in range(tile.nv):
-        at = bld.add(col, bld.mul(ldb, ir.Constant(ldb.type, j)))
-        llvm, align = (_I32X16, 2) if paired else (_F32X16, 4)
-        columns.append(
-            bld.load(_vector_pointer(ctx, bld, sig.args[4], args[4], at, llvm), align=align)
-        )
+    llvm, align = (_I32X16, 2) if paired else (_F32X16, 4)
+    columns = [
+        bld.load(_vector_pointer(ctx, bld, sig.args[4], args[4], at, llvm), align=align)
+        for at in starts
+    ]
     for i in range(tile.mr):
         llvm, align = (_I32, 2) if paired else (_F32, 4)
         scalar = bld.load(_vector_pointer(ctx, bld, sig.args[1], args[1], row, llvm), align=align)
@@ -873,3 +875,28 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
             value = bld.insert_value(value, acc, k)
         row = bld.add(row, ld)
     return value
+
+
+def _tile_dot_type(acc: Any, a: Any, a0: Any, lda: Any, b: Any, b0: Any, ldb: Any) -> Any:
+    ours = isinstance(acc, TileType) and _is_memory(a) and _is_memory(b) and a.dtype == b.dtype
+    return acc if ours else None
+
+
+@llvm_body(tile_dot, _tile_dot_type)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    col, ldb = (ctx.cast(bld, args[k], sig.args[k], types.intp) for k in (5, 6))
+    starts = [bld.add(col, bld.mul(ldb, ir.Constant(ldb.type, j))) for j in range(sig.args[0].nv)]
+    return _dot_step(ctx, bld, sig, args, starts)
+
+
+def _tile_dot_apart_type(acc: Any, a: Any, a0: Any, lda: Any, b: Any, b0: Any, offset: Any) -> Any:
+    starts = isinstance(b0, types.UniTuple) and b0.dtype == types.intp
+    known = starts and _tile_dot_type(acc, a, a0, lda, b, b0, offset) is not None
+    return acc if known and b0.count >= acc.nv else None
+
+
+@llvm_body(tile_dot_apart, _tile_dot_apart_type)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    offset = ctx.cast(bld, args[6], sig.args[6], types.intp)
+    starts = [bld.add(bld.extract_value(args[5], j), offset) for j in range(sig.args[0].nv)]
+    return _dot_step(ctx, bld, sig, args, starts)
