@@ -1,10 +1,11 @@
 """Every environment variable that the package reads, once, with its type.
 
-    | variable             | type                | default                | read by                   |
-    |----------------------|---------------------|------------------------|---------------------------|
-    | PACE_NB_CACHE_DIR    | path                | ~/.cache/pace_nb       | here and kernels/jit.py   |
-    | PACE_NB_NUM_THREADS  | integer from 1      | affinity and cgroup    | here and kernels/jit.py   |
-    | PACE_NB_DEBUG        | 0/1, false/true     | 0                      | here                      |
+    | variable            | type            | default                        | also read by   |
+    |---------------------|-----------------|--------------------------------|----------------|
+    | PACE_NB_CACHE_DIR   | path            | $XDG_CACHE_HOME or ~/.cache,   | kernels/jit.py |
+    |                     |                 | and pace_nb in it              |                |
+    | PACE_NB_NUM_THREADS | integer from 1  | affinity and cgroup            | kernels/jit.py |
+    | PACE_NB_DEBUG       | 0/1, false/true | 0                              |                |
 
 `kernels/` imports nothing of the package, so it reads its two variables itself (and numba reads
 `NUMBA_*`). `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` belong to huggingface_hub, which reads them.
@@ -25,7 +26,9 @@ _FALSE = {"", "0", "false", "no", "off"}
 def cache_dir() -> Path:
     """PACE_NB_CACHE_DIR: where compiled kernels are kept. Nothing is created here."""
     value = os.environ.get("PACE_NB_CACHE_DIR")
-    return Path(value).expanduser() if value else Path.home() / ".cache" / "pace_nb"
+    if value:
+        return Path(value)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pace_nb"
 
 
 def num_threads() -> int | None:

@@ -20,6 +20,10 @@ class ModelFormatError(PaceError):
     """A file of a model (weights, config.json, tokenizer.json) is missing, damaged or lies."""
 
 
+class ModelNotFoundError(PaceError):
+    """A model's name leads nowhere: no such directory, not on the hub, or not to be had from it."""
+
+
 class UnsupportedModelError(PaceError):
     """A sound model that this engine does not run: architecture, rope type, activation, dtype."""
 
