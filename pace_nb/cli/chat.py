@@ -1,0 +1,140 @@
+"""Talk with a model. Each line is a message; a message of several lines stands between two \"\"\".
+
+Ctrl-C stops the answer and keeps what was said; Ctrl-D or /exit ends the program. Lines may come
+from a pipe: each is answered in turn, and nothing but the answers goes to standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from pace_nb.cli import options as shared
+from pace_nb.cli.text_output import TextOutput
+from pace_nb.errors import PaceError
+
+if TYPE_CHECKING:
+    from pace_nb.llm import LLM
+    from pace_nb.sampling_params import SamplingParams
+
+DEFAULT_MAX_TOKENS = 512
+FENCE = '"""'
+COMMANDS = {
+    "/help": "show this",
+    "/reset": "forget the conversation",
+    "/exit": "end (so does Ctrl-D)",
+}
+
+Messages = list[dict[str, str]]
+Answer = Callable[[Messages], Iterator[str]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model, engine, sampling, and the system prompt."""
+    parser.add_argument("--system-prompt", "--system", "-sys", metavar="TEXT",
+                        help="what the model is told before the conversation")  # fmt: skip
+    parser.add_argument("--stats", action="store_true", help="print rates after each answer")
+    shared.add_model_arguments(parser)
+    shared.add_engine_arguments(parser)
+    shared.add_sampling_arguments(parser, DEFAULT_MAX_TOKENS)
+
+
+def read_message(read_line: Callable[[str], str]) -> str:
+    """The next message from `read_line(prompt)`; EOFError at the end of the input."""
+    line = read_line(">>> ")
+    if not line.strip().startswith(FENCE):
+        return line
+    lines = [line.strip().removeprefix(FENCE)]
+    try:
+        while not lines[-1].rstrip().endswith(FENCE):
+            lines.append(read_line("... "))
+    except EOFError:  # the end of the input ends the message, too
+        return "\n".join(lines).strip("\n")
+    lines[-1] = lines[-1].rstrip().removesuffix(FENCE)
+    return "\n".join(lines).strip("\n")
+
+
+def converse(
+    answer: Answer,
+    read_line: Callable[[str], str],
+    output: TextOutput,
+    *,
+    interactive: bool,
+    system_prompt: str | None = None,
+) -> int:
+    """The loop: read, answer, remember. Errors end it, except in front of a person."""
+    opening: Messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages = list(opening)
+    while True:
+        try:
+            message = read_message(read_line)
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            sys.stderr.write("\n(/exit or Ctrl-D ends the program)\n")
+            continue
+        word = message.strip()
+        if word == "/exit":
+            return 0
+        if word == "/reset":
+            messages = list(opening)
+        elif word == "/help":
+            sys.stderr.write("".join(f"{name:<8}{what}\n" for name, what in COMMANDS.items()))
+            sys.stderr.write(f"{FENCE:<8}begins and ends a message of several lines\n")
+        elif word.startswith("/") and len(word.split()) == 1:
+            sys.stderr.write(f"{word} is no command; /help lists them\n")
+        elif word:
+            messages.append({"role": "user", "content": message})
+            try:
+                text = say(answer(messages), output, interactive=interactive)
+            except PaceError as error:
+                if not interactive:
+                    raise
+                messages.pop()
+                sys.stderr.write(f"pace-nb: error: {error}\n")
+            else:
+                messages.append({"role": "assistant", "content": text})
+
+
+def say(pieces: Iterator[str], output: TextOutput, *, interactive: bool) -> str:
+    """Write an answer as it comes; returns it, cut short where Ctrl-C came."""
+    said = []
+    with interruptible(interactive) as interrupted:
+        for piece in pieces:
+            output.write(piece)
+            said.append(piece)
+            if interrupted():
+                break
+    output.end_line()
+    return "".join(said)
+
+
+@contextmanager
+def interruptible(enabled: bool) -> Iterator[Callable[[], bool]]:
+    """Inside the block the first Ctrl-C is only noted, so that no step is torn apart half-way.
+
+    Yields a function that says whether it came. A second one interrupts for good.
+    """
+    came = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        if came:
+            raise KeyboardInterrupt
+        came = True
+
+    if not enabled:
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, before)

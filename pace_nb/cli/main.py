@@ -1,0 +1,123 @@
+"""`main`: finds the verb, parses its arguments, runs it, and turns errors into one line.
+
+Knows the verbs' names and the exit codes. Imports a verb's file only when that verb is asked for,
+and no verb imports NumPy or Numba before it runs, so that help and mistakes cost no waiting.
+
+Exit codes: 0 done; 2 the input was wrong (one line on stderr); 130 Ctrl-C; 141 the reader of our
+output went away (as for a program stopped by SIGPIPE). Anything else is a defect and shows its
+traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn, Protocol, TextIO
+
+import pace_nb
+from pace_nb import env
+from pace_nb.errors import PaceError
+
+VERBS = {
+    "generate": "write on after a prompt",
+    "chat": "talk with a model",
+    "tokenize": "show the tokens of a text",
+    "warmup": "compile a model's kernels ahead of time",
+    "doctor": "say what runs on this machine, and why",
+    "list": "list the models in the local cache",
+    "pull": "download a model from the Hugging Face hub",
+    "show": "describe a model",
+    "version": "print the versions of what matters",
+}
+
+EXIT_WRONG_INPUT = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+class Verb(Protocol):
+    """What the file of a verb provides."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, options: argparse.Namespace) -> int: ...
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_WRONG_INPUT, f"pace-nb: error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `pace-nb` with `arguments` (default: the process's own); returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        debug = debug or env.debug()
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.showwarning = _show_warning
+            code = _run(arguments)
+        sys.stdout.flush()  # a reader that went away shows here and not while Python shuts down
+        return code
+    except PaceError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"pace-nb: error: {error}\n")
+        return EXIT_WRONG_INPUT
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        sys.stderr.write("\n")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def _run(arguments: Sequence[str]) -> int:
+    name = next((word for word in arguments if not word.startswith("-")), None)
+    if name not in VERBS or arguments[0] != name:
+        _top_parser().parse_args(arguments)  # prints help or the version, or refuses
+        return 0
+    verb: Verb = import_module(f"pace_nb.cli.{name}")
+    parser = Parser(
+        prog=f"pace-nb {name}", description=verb.__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and plain warnings")
+    verb.add_arguments(parser)
+    return verb.run(parser.parse_args(arguments[1:]))
+
+
+def _top_parser() -> Parser:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {text}" for name, text in VERBS.items())
+    parser = Parser(
+        prog="pace-nb", usage="pace-nb VERB [arguments]", allow_abbrev=False,
+        description="LLM inference on CPUs from NumPy and Numba.",
+        epilog=f"verbs:\n{verbs}\n\npace-nb VERB --help lists the arguments of a verb.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"pace-nb {pace_nb.__version__}")
+    parser.add_argument("verb", choices=list(VERBS), metavar="VERB", help=argparse.SUPPRESS)
+    return parser
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line, without the source that Python adds."""
+    del category, filename, lineno, line
+    (file or sys.stderr).write(f"pace-nb: warning: {message}\n")

@@ -1,0 +1,191 @@
+"""Options that several verbs share, and what they become: an open `LLM`, a `SamplingParams`.
+
+Knows the flags' names: vLLM's first, llama.cpp's accepted beside them. Does not judge values beyond
+their type; `SamplingParams` and `EngineConfig` do, in the same words for every front door.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pace_nb.errors import ConfigError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from pace_nb.llm import LLM
+    from pace_nb.sampling_params import SamplingParams
+
+# Option -> SamplingParams field of the same name. None means: not given on the command line.
+SAMPLING_FIELDS = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty",
+    "presence_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "max_tokens",
+    "logprobs",
+)  # fmt: skip
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the text comes from; see `read_prompt`."""
+    add = parser.add_argument
+    add(
+        "positional_prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="the text (default, or '-': standard input)",
+    )
+    add("-p", "--prompt", metavar="PROMPT", help="the text, as an option")
+    add("-f", "--file", metavar="FILE", help="read the text from a file")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
+    """Which model. `positional`: the verb takes it as an argument instead of as `--model`."""
+    add = parser.add_argument_group("model").add_argument
+    what = "local directory or hub name (default: the bundled demo model)"
+    if positional:
+        add("model", nargs="?", metavar="MODEL", help=what)
+    else:
+        add("-m", "--model", "-hf", metavar="MODEL", help=what)
+    add("--revision", help="branch, tag or commit on the hub")
+    add("--hf-token", metavar="TOKEN", help="for gated models (the variable HF_TOKEN is safer)")
+    add("--offline", action="store_true", help="use only what is already downloaded")
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the model is run."""
+    add = parser.add_argument_group("engine").add_argument
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float32"),
+        help="storage of weights and KV cache (auto: bfloat16)",
+    )
+    add(
+        "--kernels",
+        default="numba",
+        choices=("numba", "reference"),
+        help="compiled kernels, or plain NumPy (slow)",
+    )
+    add(
+        "-t",
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads of the kernels (default: what affinity and cgroup allow)",
+    )
+    add(
+        "-c",
+        "--max-model-len",
+        "--ctx-size",
+        type=int,
+        metavar="N",
+        help="longest prompt and output together, in tokens",
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """How tokens are chosen. What is not given comes from the model's generation_config.json."""
+    group = parser.add_argument_group("sampling")
+
+    def number(kind: type, help: str, *names: str) -> None:
+        group.add_argument(*names, type=kind, metavar="N" if kind is int else "X", help=help)
+
+    number(int, f"most tokens to generate (default: {max_tokens})",
+           "-n", "--max-tokens", "--n-predict", "--max-new-tokens")  # fmt: skip
+    group.set_defaults(max_tokens=max_tokens)
+    number(int, "do not stop before so many", "--min-tokens")
+    number(float, "0 takes the most likely token", "--temperature", "--temp")
+    number(float, "the smallest set of tokens that reaches this share", "--top-p")
+    number(int, "the N most likely tokens (0: all)", "--top-k")
+    number(float, "drop tokens below this share of the likeliest", "--min-p")
+    number(float, "divide the logits of tokens seen before",
+           "--repetition-penalty", "--repeat-penalty")  # fmt: skip
+    number(float, "subtract per earlier occurrence", "--frequency-penalty")
+    number(float, "subtract once for a token that occurred", "--presence-penalty")
+    number(int, "same seed, same text", "-s", "--seed")
+    group.add_argument(
+        "--stop",
+        "-r",
+        "--reverse-prompt",
+        action="append",
+        metavar="TEXT",
+        help="end before this text (may be repeated)",
+    )
+    group.add_argument(
+        "--stop-token-ids",
+        type=int,
+        nargs="+",
+        metavar="ID",
+        help="end after one of these tokens",
+    )
+    group.add_argument(
+        "--ignore-eos",
+        action="store_true",
+        default=None,
+        help="go on past the end token",
+    )
+
+
+def resolve_model(options: argparse.Namespace) -> Path:
+    """Directory of the model that the options name, downloaded if need be."""
+    from pace_nb.models import hub
+
+    return hub.resolve(
+        options.model,
+        revision=options.revision,
+        token=options.hf_token,
+        offline=options.offline or None,  # None: HF_HUB_OFFLINE decides
+    )
+
+
+def open_llm(options: argparse.Namespace) -> LLM:
+    """The LLM that the model and engine options describe."""
+    from pace_nb.llm import LLM
+
+    return LLM(
+        resolve_model(options),
+        dtype=options.dtype,
+        kernels=options.kernels,
+        num_threads=options.threads,
+        max_model_len=options.max_model_len,
+    )
+
+
+def sampling_params(options: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
+    """`defaults` with what the command line gave; InvalidRequestError for a value out of range."""
+    from dataclasses import replace
+
+    given: dict[str, Any] = {
+        name: value
+        for name in SAMPLING_FIELDS
+        if (value := getattr(options, name, None)) is not None
+    }
+    return replace(defaults, **given)
+
+
+def read_prompt(options: argparse.Namespace) -> str:
+    """The prompt: the argument, `--prompt`, `--file`, or standard input when it is not a terminal.
+
+    ConfigError when there is none or more than one, InvalidRequestError for text that is not UTF-8.
+    """
+    given = [p for p in (options.positional_prompt, options.prompt, options.file) if p is not None]
+    if len(given) > 1:
+        raise ConfigError("give the prompt once: as the argument, with --prompt or with --file")
+    if options.file is not None:
+        try:
+            return _utf8(Path(options.file).read_bytes(), options.file)
+        except OSError as error:
+            raise ConfigError(f"--file {options.file}: {error.strerror}") from error
+    if given and given[0] != "-":
+        # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
+        return _utf8(given[0].encode("utf-8", "surrogateescape"), "prompt")
+    if not given and sys.stdin.isatty():
+        raise ConfigError('no prompt: give it as an argument, for example "Once upon a time"')
+    return _utf8(sys.stdin.buffer.read(), "standard input")
+
+
+def _utf8(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"{name}: not UTF-8 at byte {error.start}") from error
