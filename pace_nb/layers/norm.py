@@ -1,4 +1,4 @@
-"""`RMSNorm` and `LayerNorm`, each with the residual addition that precedes it.
+"""`RMSNorm` and `LayerNorm`, with the residual addition that precedes them; `HeadRMSNorm`.
 
 Knows the weight, eps and the dtype of the GEMM input that follows. Does not know the arithmetic
 (`kernels/norm.py`). The residual stream is float32 and belongs to the caller; `delta` is what the
@@ -43,6 +43,26 @@ class RMSNorm(Module):
         if delta is None:
             return norm.rms_norm(residual, self._weight, self.eps, out=out)
         return norm.add_rms_norm(delta, residual, self._weight, self.eps, out=out)
+
+
+class HeadRMSNorm(Module):
+    """RMSNorm over the D values of every head, between projection and rotation; stays float32."""
+
+    def __init__(self, head_dim: int, eps: float) -> None:
+        self.head_dim = head_dim
+        self.eps = eps
+        self._weight: Float32Array
+
+    def tensors(self, name: str) -> Iterator[tuple[str, Shape]]:
+        yield f"{name}.weight", (self.head_dim,)
+
+    def load(self, weights: Weights, name: str = "") -> None:
+        self._weight = weights.vector(f"{name}.weight", (self.head_dim,))
+
+    def __call__(self, heads: Float32Array) -> Float32Array:
+        """f32[T, H, D] (a view of a fused projection) -> f32[T, H, D], its own array."""
+        rows = heads.reshape(-1, self.head_dim)
+        return norm.rms_norm(rows, self._weight, self.eps).reshape(heads.shape)
 
 
 class LayerNorm(Module):

@@ -46,9 +46,11 @@ class ConfigJson:
             raise self._wrong(field, value, f"an integer from {minimum} to {maximum}")
         return value
 
-    def optional_integer(self, field: str) -> int | None:
-        """An integer from 1, or None where the field is absent or null."""
-        return self.integer(field) if self.has(field) else None
+    def optional_integer(self, field: str, missing: int | None = None) -> int | None:
+        """An integer from 1; None where the field is null, `missing` where it is absent."""
+        if self.has(field):
+            return self.integer(field)
+        return None if field in self._values else missing
 
     def number(self, field: str, default: float | None = None) -> float:
         """A finite number above 0. Without a default the field is required."""
@@ -126,6 +128,26 @@ class ConfigJson:
                 "num_key_value_heads", count, f"a divisor of num_attention_heads ({num_heads})"
             )
         return count
+
+    def layer_windows(
+        self, num_layers: int, window: int | None, first_sliding: int
+    ) -> tuple[int, ...]:
+        """Positions that each layer sees, 0 = all: `layer_types` where it is given, else the layers
+        from `first_sliding` on slide. `window` None: no layer may."""
+        listed = self._values.get("layer_types")
+        if listed is None:
+            sliding = [window is not None and i >= first_sliding for i in range(num_layers)]
+        elif type(listed) is not list or len(listed) != num_layers:
+            raise self._wrong("layer_types", listed, f"a list of {num_layers} strings")
+        else:
+            known = ("full_attention", "sliding_attention")
+            for item in listed:
+                if item not in known:
+                    raise self._wrong("layer_types", item, " or ".join(known))
+            sliding = [item == "sliding_attention" for item in listed]
+        if any(sliding) and window is None:
+            raise self._wrong("sliding_window", None, "a window, for layer_types has sliding ones")
+        return tuple((window or 0) if slides else 0 for slides in sliding)
 
     def rope_parameters(self, head_dim: int, *, default_theta: float = 10000.0) -> RopeParameters:
         """Rotary settings from either spelling.

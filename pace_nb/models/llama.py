@@ -100,7 +100,8 @@ class LlamaAttention(Module):
     def __call__(self, x: NDArray[Any], rotation: Rotation, step: Step) -> Float32Array:
         """x storage[T, E] -> f32[T, E]."""
         heads = self.qkv_proj(x).reshape(len(x), -1, self._head_dim)
-        q, k, v = np.split(heads, (self._num_heads, self._num_heads + self._num_kv_heads), axis=1)
+        keys, values = self._num_heads, self._num_heads + self._num_kv_heads  # first head of each
+        q, k, v = heads[:, :keys], heads[:, keys:values], heads[:, values:]
         return self.o_proj(self._attend(q, k, v, step, rotation))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pace_nb.layers.norm import LayerNorm, RMSNorm
+from pace_nb.layers.norm import HeadRMSNorm, LayerNorm, RMSNorm
 
 
 def rms(x, weight, eps):
@@ -46,3 +46,16 @@ def test_norm_with_and_without_the_addition(load, rng, dtype, value, kind, bias)
     found = module(residual, delta)
     np.testing.assert_allclose(value(found), expected(total), rtol=bound, atol=1e-5)
     np.testing.assert_array_equal(residual, total)
+
+
+def test_heads_are_normalized_one_by_one_and_stay_float32(load, rng, dtype):
+    """A strided view of a fused projection, as an attention layer slices it."""
+    weight = rng.standard_normal(20).astype(np.float32)
+    module = HeadRMSNorm(20, 0.05)
+    load(module, dtype, {"weight": weight})
+    heads = rng.standard_normal((3, 7, 20)).astype(np.float32)[:, 2:6]
+    kept = heads.copy()
+    found = module(heads)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, rms(heads.astype(np.float64), weight, 0.05), atol=1e-5)
+    np.testing.assert_array_equal(heads, kept)

@@ -1,4 +1,4 @@
-"""Llama against a dense NumPy Llama written from the formulas, in every variant of its config.
+"""Llama against a dense NumPy model written from the formulas, in every variant of its config.
 
 Agreement with transformers is tested by the goldens (tests/e2e/test_golden.py); here are the
 variants that no golden has (biases, an odd head_dim, a head that is missing), and refusals.
@@ -38,91 +38,12 @@ VARIANTS = {
 }
 
 
-def shapes_of(config):
-    """The tensors that transformers saves for this config."""
-    e, f = config["hidden_size"], config["intermediate_size"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    d = config.get("head_dim") or e // heads
-    shapes = {"model.embed_tokens.weight": (config["vocab_size"], e), "model.norm.weight": (e,)}
-    if not config.get("tie_word_embeddings"):
-        shapes["lm_head.weight"] = (config["vocab_size"], e)
-    for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        linears = {
-            "self_attn.q_proj": (heads * d, e),
-            "self_attn.k_proj": (kv_heads * d, e),
-            "self_attn.v_proj": (kv_heads * d, e),
-            "self_attn.o_proj": (e, heads * d),
-            "mlp.gate_proj": (f, e),
-            "mlp.up_proj": (f, e),
-            "mlp.down_proj": (e, f),
-        }
-        for name, shape in linears.items():
-            shapes[f"{layer}.{name}.weight"] = shape
-            biased = "attention_bias" if "self_attn" in name else "mlp_bias"
-            if config.get(biased):
-                shapes[f"{layer}.{name}.bias"] = shape[:1]
-        shapes[f"{layer}.input_layernorm.weight"] = (e,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (e,)
-    return shapes
-
-
-def dense_llama(config, w, ids):
-    """float64 logits of every position, without a cache; w: name -> float64 array."""
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    d = config.get("head_dim") or config["hidden_size"] // heads
-    theta, eps, t = config.get("rope_theta", 10000.0), config["rms_norm_eps"], len(ids)
-    angle = np.arange(t)[:, None, None] * theta ** (-np.arange(0, d, 2) / d)
-    silu = config.get("hidden_act", "silu") == "silu"
-
-    def norm(x, name):
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w[f"{name}.weight"]
-
-    def linear(x, name):
-        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
-
-    def rotate(x):
-        a, b = x[..., : d // 2], x[..., d // 2 :]
-        return np.concatenate(
-            [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1
-        )
-
-    def act(x):
-        if silu:
-            return x / (1 + np.exp(-x))
-        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-    x = w["model.embed_tokens.weight"][ids]
-    for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        h = norm(x, f"{layer}.input_layernorm")
-        q, k, v = (linear(h, f"{layer}.self_attn.{name}_proj").reshape(t, -1, d) for name in "qkv")
-        q, k = rotate(q), rotate(k)
-        k, v = (np.repeat(y, heads // kv_heads, axis=1) for y in (k, v))
-        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(d)
-        scores[:, np.triu(np.ones((t, t), bool), 1)] = -np.inf
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        attended = np.einsum("hqk,khd->qhd", weights, v).reshape(t, -1)
-        x = x + linear(attended, f"{layer}.self_attn.o_proj")
-        h = norm(x, f"{layer}.post_attention_layernorm")
-        gated = act(linear(h, f"{layer}.mlp.gate_proj")) * linear(h, f"{layer}.mlp.up_proj")
-        x = x + linear(gated, f"{layer}.mlp.down_proj")
-    head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
-    return norm(x, "model.norm") @ head.T
-
-
-@pytest.fixture
-def ids():
-    return np.random.default_rng(1).integers(0, 50, 33)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits(memory_checkpoint, random_tensors, run, ids, variant):
+def test_logits(memory_checkpoint, random_tensors, dense, run, ids, variant):
     config = CONFIG | VARIANTS[variant]
-    bits, values = random_tensors(shapes_of(config))
+    bits, values = random_tensors(config)
     checkpoint = memory_checkpoint(config, bits)
-    expected = dense_llama(config, values, ids)
+    expected = dense(config, values, ids)
     model = load_model(checkpoint, "float32")
     np.testing.assert_allclose(run(model, "float32", ids), expected, atol=2e-4)
     assert sorted(checkpoint.released) == sorted(bits)
@@ -134,34 +55,34 @@ def test_logits(memory_checkpoint, random_tensors, run, ids, variant):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_chunks_give_the_same_bits(memory_checkpoint, random_tensors, run, ids, dtype):
-    bits, _ = random_tensors(shapes_of(CONFIG))
+    bits, _ = random_tensors(CONFIG)
     model = load_model(memory_checkpoint(CONFIG, bits), dtype)
     at_once = run(model, dtype, ids)
     for chunks in ([1] * 33, [7] * 4 + [5], [20, 1, 12]):
         np.testing.assert_array_equal(run(model, dtype, ids, chunks), at_once)
 
 
-def test_a_missing_head_is_tied(memory_checkpoint, random_tensors, run, ids):
+def test_a_missing_head_is_tied(memory_checkpoint, random_tensors, dense, run, ids):
     """A checkpoint without lm_head.weight, whatever its config says."""
-    bits, values = random_tensors(shapes_of(CONFIG))
+    bits, values = random_tensors(CONFIG)
     del bits["lm_head.weight"], values["lm_head.weight"]
     model = load_model(memory_checkpoint(CONFIG, bits), "float32")
-    expected = dense_llama(CONFIG, values, ids)
+    expected = dense(CONFIG, values, ids)
     np.testing.assert_allclose(run(model, "float32", ids), expected, atol=2e-4)
 
 
-def test_a_tied_config_ignores_a_saved_head(memory_checkpoint, random_tensors, run, ids):
+def test_a_tied_config_ignores_a_saved_head(memory_checkpoint, random_tensors, dense, run, ids):
     """transformers ties and forgets the copy; so does the engine, rather than refuse it."""
     config = CONFIG | {"tie_word_embeddings": True}
-    bits, values = random_tensors(shapes_of(CONFIG))
+    bits, values = random_tensors(CONFIG)
     model = load_model(memory_checkpoint(config, bits), "float32")
     del values["lm_head.weight"]
-    expected = dense_llama(config, values, ids)
+    expected = dense(config, values, ids)
     np.testing.assert_allclose(run(model, "float32", ids), expected, atol=2e-4)
 
 
 def test_only_the_wanted_rows_get_logits(memory_checkpoint, random_tensors, run, ids):
-    bits, _ = random_tensors(shapes_of(CONFIG))
+    bits, _ = random_tensors(CONFIG)
     model = load_model(memory_checkpoint(CONFIG, bits), "float32")
     hidden = np.random.default_rng(2).standard_normal((9, 48)).astype(np.float32)
     kept = hidden.copy()
@@ -174,14 +95,14 @@ def test_only_the_wanted_rows_get_logits(memory_checkpoint, random_tensors, run,
 
 def test_facts_for_the_engine(memory_checkpoint, random_tensors):
     config = CONFIG | VARIANTS["explicit head_dim"]
-    bits, _ = random_tensors(shapes_of(config))
+    bits, _ = random_tensors(config)
     model = load_model(memory_checkpoint(config, bits))
     assert (model.vocab_size, model.max_position_embeddings) == (50, 64)
     assert model.kv_cache_config("bfloat16") == KVCacheConfig(2, 2, 20, "bfloat16")
 
 
 def test_old_exports_may_hold_frequencies(memory_checkpoint, random_tensors):
-    bits, _ = random_tensors(shapes_of(CONFIG))
+    bits, _ = random_tensors(CONFIG)
     bits["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(6, np.float32)
     load_model(memory_checkpoint(CONFIG, bits))
 
@@ -208,7 +129,7 @@ def test_old_exports_may_hold_frequencies(memory_checkpoint, random_tensors):
     ],
 )
 def test_a_config_that_cannot_be(memory_checkpoint, random_tensors, changes, message):
-    bits, _ = random_tensors(shapes_of(CONFIG))
+    bits, _ = random_tensors(CONFIG)
     with pytest.raises(ModelFormatError, match=message) as caught:
         load_model(memory_checkpoint(CONFIG | changes, bits))
     assert "\n" not in str(caught.value)
@@ -216,7 +137,7 @@ def test_a_config_that_cannot_be(memory_checkpoint, random_tensors, changes, mes
 
 def test_a_bias_that_the_config_does_not_know_is_refused(memory_checkpoint, random_tensors):
     """Left out silently it would give a wrong model."""
-    bits, _ = random_tensors(shapes_of(CONFIG | {"attention_bias": True}))
+    bits, _ = random_tensors(CONFIG | {"attention_bias": True})
     with pytest.raises(ModelFormatError, match=r"self_attn\.k_proj\.bias has no place"):
         load_model(memory_checkpoint(CONFIG, bits))
 
