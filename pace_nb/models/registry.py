@@ -28,6 +28,7 @@ from pace_nb.models.config_json import ConfigJson
 # name.
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
 }
 
