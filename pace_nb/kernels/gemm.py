@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import prange
+from numpy.typing import DTypeLike
 
 from pace_nb.kernels import jit
 from pace_nb.kernels.arrays import STORAGE, Array, in_range, require, writable
@@ -71,8 +72,9 @@ def gemm_ref(x: Array, w: Array, bias: Array | None = None) -> Array:
     return product if bias is None else product + bias
 
 
-def pack_weight_ref(w: Array) -> Array:
-    """[N, K] -> flat [N/64, K/S, 64, S], zero where padded."""
+def pack_weights_ref(parts: Sequence[Array]) -> Array:
+    """[N0, K], [N1, K], .. stacked to [N, K] -> flat [N/64, K/S, 64, S], zero where padded."""
+    w = np.concatenate(parts)
     n, k = w.shape
     step = _step(w)
     padded = np.zeros((-n % NR + n, -k % step + k), w.dtype)
@@ -96,6 +98,12 @@ def gather_rows_ref(weight: PackedWeight, ids: Array) -> Array:
 
 def _step(x: Array) -> int:
     return 2 if x.dtype == np.uint16 else 1
+
+
+def packed_size(n: int, k: int, dtype: DTypeLike) -> int:
+    """Elements of `data` for a weight [n, k]."""
+    step = 2 if np.dtype(dtype) == np.uint16 else 1
+    return -(-n // NR) * NR * -(-k // step) * step
 
 
 # ---- one row tile against one panel --------------------------------------------------------------
@@ -128,32 +136,31 @@ _rows_6, _rows_4, _rows_2, _rows_1 = (_row_tile(mr) for mr in (6, 4, 2, 1))
 
 
 @jit.device_fn
-def _panel(a, b, bias, c, ldc, j, m, k, columns):
-    """Columns 64 j to 64 j + columns of c (at column 0 of c's row), for all m rows of a."""
+def panel(a, a0, b, j, bias, column, c, c0, ldc, m, k, columns):
+    """c [m, columns] at c0 = bias[column:] + a [m, k] at a0 times panel j of b."""
     s = 4 // a.itemsize
     steps = (k + s - 1) // s
     for p in range(0, steps, KC // s):
-        n = min(KC // s, steps - p)
-        a0, b0, first = p * s, (j * steps + p) * NR * s, p == 0
-        i = 0
+        n, first = min(KC // s, steps - p), p == 0
+        at, bt, i = a0 + p * s, (j * steps + p) * NR * s, 0
         while m - i >= MR:
-            _rows_6(a, a0 + i * k, k, b, b0, n, first, bias, j * NR, c, i * ldc, ldc, columns)
+            _rows_6(a, at + i * k, k, b, bt, n, first, bias, column, c, c0 + i * ldc, ldc, columns)
             i += MR
         if m - i >= 4:
-            _rows_4(a, a0 + i * k, k, b, b0, n, first, bias, j * NR, c, i * ldc, ldc, columns)
+            _rows_4(a, at + i * k, k, b, bt, n, first, bias, column, c, c0 + i * ldc, ldc, columns)
             i += 4
         if m - i >= 2:
-            _rows_2(a, a0 + i * k, k, b, b0, n, first, bias, j * NR, c, i * ldc, ldc, columns)
+            _rows_2(a, at + i * k, k, b, bt, n, first, bias, column, c, c0 + i * ldc, ldc, columns)
             i += 2
         if m - i >= 1:
-            _rows_1(a, a0 + i * k, k, b, b0, n, first, bias, j * NR, c, i * ldc, ldc, columns)
+            _rows_1(a, at + i * k, k, b, bt, n, first, bias, column, c, c0 + i * ldc, ldc, columns)
 
 
 # ---- kernels -------------------------------------------------------------------------------------
 @jit.kernel
 def _gemm_kernel(a, b, bias, c, m, n, k):
     for j in prange((n + NR - 1) // NR):  # one panel of columns per task; columns are independent
-        _panel(a, b, bias, c[j * NR :], n, j, m, k, min(NR, n - j * NR))
+        panel(a, 0, b, j, bias, j * NR, c, j * NR, n, m, k, min(NR, n - j * NR))
 
 
 @jit.kernel
@@ -196,8 +203,7 @@ def pack_weights(parts: Sequence[Array]) -> PackedWeight:
         raise ValueError(
             f"pack_weights: parts stack to ({n}, {k}), expected at least one row and column"
         )
-    step = _step(parts[0])
-    data = np.zeros(-(-n // NR) * -(-k // step) * NR * step, parts[0].dtype)
+    data = np.zeros(packed_size(n, k, parts[0].dtype), parts[0].dtype)
     row0 = 0
     for w in parts:
         _pack_kernel(np.ascontiguousarray(w).reshape(-1), data, row0, len(w), k)
@@ -211,8 +217,7 @@ def pack_weight(w: Array) -> PackedWeight:
 
 
 def _check_weight(kernel: str, weight: PackedWeight) -> None:
-    step = _step(weight.data)
-    size = -(-weight.n // NR) * -(-weight.k // step) * NR * step
+    size = packed_size(weight.n, weight.k, weight.data.dtype)
     require(kernel, "weight.data", weight.data, (size,), STORAGE)
 
 
