@@ -9,18 +9,13 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
 
 from pace_nb.cli import options as shared
 from pace_nb.cli.text_output import TextOutput
 from pace_nb.errors import PaceError
-
-if TYPE_CHECKING:
-    from pace_nb.llm import LLM
-    from pace_nb.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 512
 FENCE = '"""'
@@ -31,7 +26,7 @@ COMMANDS = {
 }
 
 Messages = list[dict[str, str]]
-Answer = Callable[[Messages], Iterator[str]]
+Answer = Callable[[Messages], Generator[str, None, None]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,10 +98,10 @@ def converse(
                 messages.append({"role": "assistant", "content": text})
 
 
-def say(pieces: Iterator[str], output: TextOutput, *, interactive: bool) -> str:
+def say(pieces: Generator[str, None, None], output: TextOutput, *, interactive: bool) -> str:
     """Write an answer as it comes; returns it, cut short where Ctrl-C came."""
     said = []
-    with interruptible(interactive) as interrupted:
+    with closing(pieces), interruptible(interactive) as interrupted:
         for piece in pieces:
             output.write(piece)
             said.append(piece)

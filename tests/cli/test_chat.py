@@ -1,0 +1,167 @@
+"""The conversation loop, with a scripted model and a scripted person."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+
+import pytest
+
+from pace_nb.cli import chat
+from pace_nb.cli.text_output import TextOutput
+from pace_nb.errors import InvalidRequestError
+
+
+class Person:
+    """Types the given lines; an exception among them is raised in their place."""
+
+    def __init__(self, *lines):
+        self.lines = list(lines)
+        self.prompts = []
+
+    def __call__(self, prompt):
+        self.prompts.append(prompt)
+        if not self.lines:
+            raise EOFError
+        line = self.lines.pop(0)
+        if isinstance(line, type) and issubclass(line, BaseException):
+            raise line
+        return line
+
+
+class Model:
+    """Answers with the number of messages it sees, and remembers them."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, messages):
+        self.seen.append([dict(message) for message in messages])
+        yield from ("answer ", str(len(messages)))
+
+
+def converse(*lines, model=None, interactive=True, system_prompt=None):
+    model = model or Model()
+    stream = io.StringIO()
+    code = chat.converse(
+        model,
+        Person(*lines),
+        TextOutput(stream),
+        interactive=interactive,
+        system_prompt=system_prompt,
+    )
+    return code, stream.getvalue(), model
+
+
+def roles(messages):
+    return [(message["role"], message["content"]) for message in messages]
+
+
+def test_the_conversation_grows():
+    code, text, model = converse("one", "two")
+    assert code == 0
+    assert text == "answer 1\nanswer 3\n"
+    assert roles(model.seen[1]) == [("user", "one"), ("assistant", "answer 1"), ("user", "two")]
+
+
+def test_the_system_prompt_comes_first_and_outlives_a_reset():
+    _, _, model = converse("one", "/reset", "two", system_prompt="be brief")
+    assert roles(model.seen[1]) == [("system", "be brief"), ("user", "two")]
+
+
+def test_exit_ends_and_what_follows_is_not_read():
+    code, text, model = converse("/exit", "one")
+    assert (code, text, model.seen) == (0, "", [])
+
+
+def test_commands_and_blank_lines_do_not_reach_the_model(capsys):
+    _, _, model = converse("/help", "", "   ", "/nonsense")
+    assert model.seen == []
+    shown = capsys.readouterr().err
+    assert "/reset" in shown and "/exit" in shown
+    assert "/nonsense is no command" in shown
+
+
+def test_a_message_may_begin_with_a_slash():
+    _, _, model = converse("/etc/passwd is what?")
+    assert roles(model.seen[0]) == [("user", "/etc/passwd is what?")]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['"""one', "", 'two"""'], "one\n\ntwo"),
+        (['"""', "one", "two", '"""'], "one\ntwo"),
+        (['"""one"""'], "one"),
+        (['"""', " /reset", '"""  '], " /reset"),
+        (['"""one', "two"], "one\ntwo"),  # the input ends inside
+    ],
+)
+def test_a_message_of_several_lines(lines, message):
+    assert chat.read_message(Person(*lines)) == message
+
+
+def test_the_prompt_shows_that_a_message_goes_on():
+    person = Person('"""a', 'b"""')
+    chat.read_message(person)
+    assert person.prompts == [">>> ", "... "]
+
+
+def test_ctrl_c_at_the_prompt_does_not_end_the_program(capsys):
+    _, text, _ = converse(KeyboardInterrupt, "one")
+    assert text == "answer 1\n"
+    assert "Ctrl-D" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_script_does():
+    with pytest.raises(KeyboardInterrupt):
+        converse(KeyboardInterrupt, "one", interactive=False)
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said():
+    closed = []
+
+    class Interrupted(Model):
+        def __call__(self, messages):
+            self.seen.append(list(messages))
+            try:
+                yield "first "
+                if len(self.seen) == 1:
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield "second "
+                yield "third"
+            finally:
+                closed.append(True)
+
+    before = signal.getsignal(signal.SIGINT)
+    _, text, model = converse("one", "two", model=Interrupted())
+    assert text == "first second \nfirst second third\n"
+    assert model.seen[1][1] == {"role": "assistant", "content": "first second "}
+    assert len(closed) == 2, "the generator must end, so that the request is given up"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_is_for_good():
+    def stubborn(messages):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        yield "never"
+
+    with pytest.raises(KeyboardInterrupt):
+        converse("one", model=stubborn)
+
+
+def test_an_error_is_told_and_the_message_forgotten(capsys):
+    class Full(Model):
+        def __call__(self, messages):
+            if "long" in messages[-1]["content"]:
+                raise InvalidRequestError("the prompt is too long")
+            yield from super().__call__(messages)
+
+    _, text, model = converse("long", "short", model=Full())
+    assert text == "answer 1\n"
+    assert "the prompt is too long" in capsys.readouterr().err
+    assert roles(model.seen[0]) == [("user", "short")]
+    with pytest.raises(InvalidRequestError):
+        converse("long", model=Full(), interactive=False)

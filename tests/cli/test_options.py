@@ -1,0 +1,148 @@
+"""Shared options: where the prompt comes from, and what becomes of sampling flags."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+
+import pytest
+
+from pace_nb.cli import options as shared
+from pace_nb.errors import ConfigError, InvalidRequestError, ModelNotFoundError
+from pace_nb.sampling_params import SamplingParams
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    shared.add_prompt_arguments(parser)
+    shared.add_model_arguments(parser)
+    shared.add_engine_arguments(parser)
+    shared.add_sampling_arguments(parser, max_tokens=99)
+    return parser.parse_args(arguments)
+
+
+def stdin(monkeypatch, data, terminal=False):
+    stream = io.TextIOWrapper(io.BytesIO(data))
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdin", stream)
+
+
+# ---- the prompt ----
+
+
+@pytest.mark.parametrize("arguments", [("a b",), ("-p", "a b"), ("--prompt", "a b")])
+def test_prompt_from_the_command_line(arguments):
+    assert shared.read_prompt(parse(*arguments)) == "a b"
+
+
+def test_prompt_from_a_file_is_taken_as_it_stands(tmp_path):
+    (tmp_path / "prompt.txt").write_bytes("née\r\n\n".encode())
+    assert shared.read_prompt(parse("-f", str(tmp_path / "prompt.txt"))) == "née\r\n\n"
+
+
+@pytest.mark.parametrize("arguments", [(), ("-",)])
+def test_prompt_from_a_pipe(monkeypatch, arguments):
+    stdin(monkeypatch, "漢字\n".encode())
+    assert shared.read_prompt(parse(*arguments)) == "漢字\n"
+
+
+def test_no_prompt_at_a_terminal_is_refused_and_not_waited_for(monkeypatch):
+    stdin(monkeypatch, b"", terminal=True)
+    with pytest.raises(ConfigError, match="no prompt"):
+        shared.read_prompt(parse())
+
+
+def test_two_prompts_are_refused():
+    with pytest.raises(ConfigError, match="once"):
+        shared.read_prompt(parse("a", "-p", "b"))
+
+
+def test_text_that_is_not_utf8_is_refused(monkeypatch, tmp_path):
+    stdin(monkeypatch, b"ab\xff")
+    with pytest.raises(InvalidRequestError, match="standard input: not UTF-8 at byte 2"):
+        shared.read_prompt(parse())
+    (tmp_path / "x").write_bytes(b"\xc3")
+    with pytest.raises(InvalidRequestError, match="x: not UTF-8 at byte 0"):
+        shared.read_prompt(parse("-f", str(tmp_path / "x")))
+    with pytest.raises(InvalidRequestError, match="prompt: not UTF-8 at byte 1"):
+        shared.read_prompt(parse("a\udcff"))
+
+
+def test_a_missing_file_is_refused():
+    with pytest.raises(ConfigError, match="--file /nowhere/x: No such file"):
+        shared.read_prompt(parse("-f", "/nowhere/x"))
+
+
+# ---- sampling ----
+
+
+def test_what_is_not_given_comes_from_the_defaults():
+    defaults = SamplingParams(temperature=0.5, top_k=7, max_tokens=None, stop=["x"])
+    params = shared.sampling_params(parse("p", "--top-p", "0.9"), defaults)
+    assert (params.temperature, params.top_k, params.top_p) == (0.5, 7, 0.9)
+    assert params.stop == ("x",)
+    assert params.max_tokens == 99
+
+
+def test_every_flag_reaches_its_field():
+    arguments = (
+        "p -n 5 --min-tokens 2 --temp 0.25 --top-p 0.5 --top-k 4 --min-p 0.125 --repeat-penalty 1.5"
+        " --frequency-penalty 0.5 --presence-penalty -0.5 -s 11 --stop END -r FIN"
+        " --stop-token-ids 3 4 --ignore-eos"
+    ).split()
+    assert shared.sampling_params(parse(*arguments), SamplingParams()) == SamplingParams(
+        max_tokens=5,
+        min_tokens=2,
+        temperature=0.25,
+        top_p=0.5,
+        top_k=4,
+        min_p=0.125,
+        repetition_penalty=1.5,
+        frequency_penalty=0.5,
+        presence_penalty=-0.5,
+        seed=11,
+        stop=["END", "FIN"],
+        stop_token_ids=[3, 4],
+        ignore_eos=True,
+    )
+
+
+@pytest.mark.parametrize("flag", ["-n", "--max-tokens", "--n-predict", "--max-new-tokens"])
+def test_max_tokens_has_its_other_names(flag):
+    assert shared.sampling_params(parse("p", flag, "3"), SamplingParams()).max_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--temperature", "nan"),
+        ("--temperature", "-1"),
+        ("--top-p", "0"),
+        ("--top-p", "1.5"),
+        ("--min-p", "inf"),
+        ("--max-tokens", "0"),
+        ("--top-k", "-2"),
+        ("--stop", ""),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(flag, value):
+    with pytest.raises(InvalidRequestError, match=flag.strip("-").replace("-", "_")):
+        shared.sampling_params(parse("p", flag, value), SamplingParams())
+
+
+# ---- the model ----
+
+
+def test_the_bundled_model_is_the_default(repository):
+    assert shared.resolve_model(parse("p")) == repository / "pace_nb" / "demo"
+
+
+@pytest.mark.parametrize("flag", ["-m", "--model", "-hf"])
+def test_a_directory_is_taken_as_it_is(tmp_path, flag):
+    assert shared.resolve_model(parse("p", flag, str(tmp_path))) == tmp_path
+
+
+def test_offline_asks_only_the_cache():
+    with pytest.raises(ModelNotFoundError, match="offline mode is on"):
+        shared.resolve_model(parse("p", "-m", "nobody/nothing", "--offline"))
