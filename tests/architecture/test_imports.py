@@ -14,7 +14,7 @@ LAYERS = [
     {"llm"},
     {"engine"},
     {"tokenizer"},
-    {"chat_template"},
+    {"chat_template", "detokenizer", "disguise"},
     {"chat_template_worker"},  # the process that renders templates, with limits
     {"models"},
     {"layers"},

@@ -27,7 +27,11 @@ def wrappers(module):
     own = functions(module)
     calls = {name: names_used(node) & set(own) - {name} for name, node in own.items()}
     reach = {name for name, node in own.items() if "kernel" in decorators(node)}
-    while more := {n for n, c in calls.items() if c & reach and n not in reach}:
+    while more := {
+        name
+        for name in set(own) - reach
+        if any(callee.startswith("_") for callee in calls[name] & reach)
+    }:
         reach |= more
     return sorted(name for name in reach if not name.startswith("_"))
 
