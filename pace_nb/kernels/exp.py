@@ -2,6 +2,7 @@
 
     exp(x)     = 2^n (1 + r + r^2 p(r)),  n = rint(x log2 e),  r = x - n ln 2,  |r| <= ln 2 / 2
     sigmoid(x) = 1 / (1 + exp(-x))
+    normal_cdf(x) = 1 - q(x) for x > 0, q(-x) else,  q(a) = exp(-a^2 / 2) t R(t),  t = 1 / (1 + k a)
 
 | Array | Shape | Type   | Layout       |
 |-------|-------|--------|--------------|
@@ -9,27 +10,42 @@
 | y     | [16]  | f32x16 | one register |
 
 Moves: nothing, operands are registers.
-Does: exp 21 operations per vector, 10 of them fma or mul; sigmoid 3 more, one a division.
+Does: exp 21 operations per vector, 10 of them fma or mul; sigmoid 3 more, normal_cdf 21 more, one a
+    division each.
 Error: exp within 1 ULP (polynomial 3.2e-9 relative, the rest is rounding; 1.5 ULP without fma),
     denormal results too. r is exact but for its last rounding: ln 2 is split so that n times its
-    upper part needs 17 bits. sigmoid within 2.5 ULP.
+    upper part needs 17 bits. sigmoid within 2.5 ULP. normal_cdf within 8 ULP in both tails (R is
+    good to 2.5e-8; the rounding of a^2 is put right by the fma that finds it, so without fma it is
+    8 + x^2 / 2 ULP).
 Cautions: exp(0) = 1 exactly, exp(-inf) = 0, 0 below -103.98, infinity above 88.7228, NaN stays NaN
     (both clamps keep their second operand where the comparison is unordered). sigmoid is 0 below
-    -88.73, where the exact value is a denormal.
+    -88.73, where the exact value is a denormal. Use normal_cdf, not 0.5 + 0.5 erf: that loses all
+    its digits below -4.
 Source: Cody and Waite 1980 (two-part reduction); minimax coefficients by weighted least squares
     (Lawson), rounded to f32 one after another. Replaces PACE `csrc/ops/exp_approx.h` (Taylor,
-    2 ULP, 0 below -88, no upper clamp).
+    2 ULP, 0 below -88, no upper clamp). normal_cdf: the form of Hastings 1955, refitted.
 Notebook: 05 exp and softmax. Ledger: lanes.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
 from pace_nb.kernels import jit
 from pace_nb.kernels.arrays import Array
 from pace_nb.kernels.bf16 import widen
-from pace_nb.kernels.lanes import fma, maximum, minimum, round_half_even, scale_pow2, splat
+from pace_nb.kernels.lanes import (
+    absolute,
+    fma,
+    maximum,
+    minimum,
+    round_half_even,
+    scale_pow2,
+    select_above,
+    splat,
+)
 
 
 # ---- definitions ---------------------------------------------------------------------------------
@@ -44,6 +60,13 @@ def sigmoid_ref(x: Array) -> Array:
     return 1.0 / (1.0 + exp_ref(-widen(x)))
 
 
+def normal_cdf_ref(x: Array) -> Array:
+    """P(Z <= x) for a standard normal Z, float64: (1 + erf(x / sqrt 2)) / 2, exact in the tail."""
+    halved_erfc = np.vectorize(lambda t: 0.5 * math.erfc(-t / math.sqrt(2.0)), otypes=[float])
+    values: Array = halved_erfc(widen(x))
+    return values
+
+
 # ---- constants -----------------------------------------------------------------------------------
 LOG2_E = 1.4426950408889634
 LN2_HIGH = 0.693359375  # 355 / 512: 9 bits, so n * LN2_HIGH is exact for |n| < 2**15
@@ -53,6 +76,12 @@ LARGEST = 89.0  # n = 128: the result overflows
 # (exp(r) - 1 - r) / r^2 on |r| <= ln 2 / 2, minimax for the relative error of exp: 3.2e-9.
 P2, P3, P4 = 0.4999999403953552, 0.1666652113199234, 0.04166826605796814
 P5, P6 = 0.008368677459657192, 0.0013820730382576585
+# q(a) / exp(-a^2 / 2) = t (R0 + R1 t + .. + R8 t^8) with t = 1 / (1 + CDF_K a), 0 <= a <= 14.5.
+CDF_K = 0.27000001072883606
+R0, R1, R2 = 0.10772065818309784, 0.10754293203353882, 0.10181018710136414
+R3, R4, R5 = 0.07205143570899963, 0.10782096534967422, -0.06920347362756729
+R6, R7, R8 = 0.16977931559085846, -0.12648235261440277, 0.028960343450307846
+FARTHEST = 15.0  # exp(-15^2 / 2) is 0
 
 
 # ---- device functions ----------------------------------------------------------------------------
@@ -72,3 +101,18 @@ def exp(x):
 def sigmoid(x):
     """1 / (1 + exp(-x)), f32x16."""
     return splat(1.0) / (splat(1.0) + exp(-x))
+
+
+@jit.device_fn
+def normal_cdf(x):
+    """P(Z <= x) for a standard normal Z, f32x16."""
+    a = minimum(splat(FARTHEST), absolute(x))
+    square = a * a
+    lost = fma(a, a, -square)  # what rounding the square took away
+    tail = exp(square * splat(-0.5))
+    tail = fma(tail, lost * splat(-0.5), tail)
+    t = splat(1.0) / fma(splat(CDF_K), a, splat(1.0))
+    r = fma(fma(fma(splat(R8), t, splat(R7)), t, splat(R6)), t, splat(R5))
+    r = fma(fma(fma(r, t, splat(R4)), t, splat(R3)), t, splat(R2))
+    q = fma(fma(r, t, splat(R1)), t, splat(R0)) * t * tail
+    return select_above(x, splat(0.0), splat(1.0) - q, q)

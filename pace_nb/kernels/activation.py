@@ -1,0 +1,182 @@
+"""Activations of the feed-forward half, alone or as the gate of a product.
+
+    activation        y = act(x)
+    gated_activation  y = act(gate) * up, where gate and up are the halves of each row
+
+    silu(x) = x / (1 + exp(-x))                     gelu(x) = x P(Z <= x), Z standard normal (erf)
+    relu(x) = max(x, 0)                             gelu_tanh(x) = x / (1 + exp(-2 u)),
+                                                        u = sqrt(2 / pi) (x + 0.044715 x^3)
+
+| Array   | Shape   | Type      | Layout                                         |
+|---------|---------|-----------|------------------------------------------------|
+| x       | [T, F]  | f32       | rows contiguous, any row stride                |
+| gate_up | [T, 2F] | f32       | the same; gate is columns 0 .. F - 1           |
+| y       | [T, F]  | f32, BF16 | contiguous, allocated or given as `out`        |
+
+Moves: T F (4 + size(y)) bytes, gated T F (8 + size(y)).
+Does: about 25 operations per element for silu and gelu_tanh, 50 for gelu, 1 for relu: bound by
+    memory where the rows come from DRAM, by arithmetic where the GEMM left them in cache.
+Error: f32. silu and gelu 4 and 9 ULP; gelu_tanh, written as a sigmoid because 1 + tanh(u) cancels,
+    4 + 2 |2 u| ULP (its exponent has an error that large); the product with up adds half an ULP,
+    BF16 output another half of its own. Without fma gelu has x^2 / 2 ULP more.
+Cautions: as the formulas do, -infinity gives NaN (but relu 0), NaN stays NaN (relu too). Results
+    below 1e-38 may be 0. `out` may be `x` itself when both are f32 and contiguous.
+Source: Elfwing et al. 2017 (SiLU), Hendrycks and Gimpel 2016 (GELU and its tanh form), Shazeer 2020
+    (gated). Re-implements the activations of PACE's TPP fused MLP (csrc/ops/mlp), without rounding
+    gate and up to BF16 first.
+Notebook: 11 fused MLP. Ledger: activation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+from numpy.typing import DTypeLike
+
+from pace_nb.kernels import jit
+from pace_nb.kernels.arrays import STORAGE, Array, flat_rows, require, writable
+from pace_nb.kernels.bf16 import narrow, widen
+from pace_nb.kernels.exp import exp, exp_ref, normal_cdf, normal_cdf_ref
+from pace_nb.kernels.lanes import (
+    fma,
+    load,
+    load_tail,
+    maximum,
+    splat,
+    store,
+    store_tail,
+)
+
+
+# ---- definitions ---------------------------------------------------------------------------------
+def activation_ref(x: Array, kind: str) -> Array:
+    """act(x), float64."""
+    x = widen(x)
+    with np.errstate(invalid="ignore", over="ignore"):
+        if kind == "silu":
+            return x / (1.0 + exp_ref(-x))
+        if kind == "gelu":
+            return x * normal_cdf_ref(x)
+        if kind == "gelu_tanh":
+            u = np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)
+            return x / (1.0 + exp_ref(-2.0 * u))  # 1 / (1 + exp(-2 u)) = (1 + tanh u) / 2
+        return np.maximum(x, 0.0)
+
+
+def gated_activation_ref(gate_up: Array, kind: str) -> Array:
+    """act(gate) * up of the rows [gate, up], float64."""
+    gate, up = np.split(widen(gate_up), 2, axis=-1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return activation_ref(gate, kind) * up
+
+
+# ---- constants -----------------------------------------------------------------------------------
+SILU, GELU, GELU_TANH, RELU = 0, 1, 2, 3
+KINDS = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU}
+TANH_1, TANH_3 = 1.5957691216057308, 0.07135481627159563  # 2 sqrt(2 / pi), that times 0.044715
+# Columns per task: a decode step has one row, and a thread's share must outweigh starting it.
+COLUMNS = 2048
+
+
+# ---- one vector, one row -------------------------------------------------------------------------
+@jit.device_fn
+def _act(x, kind):
+    """act(x), f32x16. `kind` is the same for all vectors of a call, so the branch is foreseen."""
+    if kind == SILU:
+        return x / (splat(1.0) + exp(-x))
+    if kind == GELU:
+        return x * normal_cdf(x)
+    if kind == GELU_TANH:
+        twice_u = x * fma(x * x, splat(TANH_3), splat(TANH_1))
+        return x / (splat(1.0) + exp(-twice_u))
+    return maximum(splat(0.0), x)  # a NaN in the second operand stays
+
+
+@jit.device_fn
+def _act_row(x, x0, kind, out, y0, n):
+    """out[y0 : y0 + n] = act(x[x0 : x0 + n])."""
+    whole = n // 16 * 16
+    for i in range(0, whole, 16):
+        store(out, y0 + i, _act(load(x, x0 + i), kind))
+    n -= whole
+    if n:
+        store_tail(out, y0 + whole, _act(load_tail(x, x0 + whole, n), kind), n)
+
+
+@jit.device_fn
+def _gated_row(x, gate0, up0, kind, out, y0, n):
+    """out[y0 : y0 + n] = act(x[gate0 : gate0 + n]) * x[up0 : up0 + n]."""
+    whole = n // 16 * 16
+    for i in range(0, whole, 16):
+        store(out, y0 + i, _act(load(x, gate0 + i), kind) * load(x, up0 + i))
+    n -= whole
+    if n:
+        gate, up = load_tail(x, gate0 + whole, n), load_tail(x, up0 + whole, n)
+        store_tail(out, y0 + whole, _act(gate, kind) * up, n)
+
+
+# ---- kernels: a stretch of at most COLUMNS columns of one row per task ---------------------------
+@jit.kernel
+def _activation_kernel(x, stride, kind, out, rows, f):
+    per_row = (f + COLUMNS - 1) // COLUMNS
+    for task in prange(rows * per_row):
+        t, c = task // per_row, task % per_row * COLUMNS
+        _act_row(x, t * stride + c, kind, out, t * f + c, min(COLUMNS, f - c))
+
+
+@jit.kernel
+def _gated_activation_kernel(x, stride, kind, out, rows, f):
+    per_row = (f + COLUMNS - 1) // COLUMNS
+    for task in prange(rows * per_row):
+        t, c = task // per_row, task % per_row * COLUMNS
+        gate0 = t * stride + c
+        _gated_row(x, gate0, gate0 + f, kind, out, t * f + c, min(COLUMNS, f - c))
+
+
+# ---- public wrappers -----------------------------------------------------------------------------
+def _checked(
+    kernel: str, kind: str, shape: tuple[int, ...], out: Array | None, dtype: DTypeLike
+) -> Array:
+    """Check what both wrappers share; return `out`, allocated where it was None."""
+    if kind not in KINDS:
+        raise ValueError(f"{kernel}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    if out is None:
+        out = np.empty(shape, dtype)
+    require(kernel, "out", out, shape, STORAGE)
+    writable(kernel, "out", out)
+    return out
+
+
+def activation(
+    x: Array, kind: str, out: Array | None = None, dtype: DTypeLike = np.float32
+) -> Array:
+    """act(x) element by element.
+
+    x [T, F] f32; kind "silu", "gelu", "gelu_tanh" or "relu"; out [T, F] f32 or BF16, allocated as
+    `dtype` if None. Returns out. TypeError or ValueError names the argument that does not fit.
+    """
+    require("activation", "x", x, ("T", "F"))
+    out = _checked("activation", kind, x.shape, out, dtype)
+    if jit.use_reference():
+        out[...] = narrow(activation_ref(x, kind), out.dtype)
+    else:
+        _activation_kernel(*flat_rows(x), KINDS[kind], out.reshape(-1), *x.shape)
+    return out
+
+
+def gated_activation(
+    gate_up: Array, kind: str, out: Array | None = None, dtype: DTypeLike = np.float32
+) -> Array:
+    """act(gate) * up; gate_up [T, 2F] f32, gate first; otherwise as `activation`. Returns out."""
+    require("gated_activation", "gate_up", gate_up, ("T", "2F"))
+    if gate_up.shape[1] % 2:
+        raise ValueError(
+            f"gated_activation: gate_up has shape {gate_up.shape}, expected an even last axis"
+        )
+    shape = len(gate_up), gate_up.shape[1] // 2
+    out = _checked("gated_activation", kind, shape, out, dtype)
+    if jit.use_reference():
+        out[...] = narrow(gated_activation_ref(gate_up, kind), out.dtype)
+    else:
+        _gated_activation_kernel(*flat_rows(gate_up), KINDS[kind], out.reshape(-1), *shape)
+    return out
