@@ -694,6 +694,16 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     return bld.bitcast(bld.shl(words, _i32_splat(16)), _F32X16) if paired else words
 
 
+def per_word(x: np.ndarray) -> int:
+    """S: elements of x in a word of 4 bytes, 2 of BF16 or 1 of float32; a constant when compiled."""
+    return 4 // x.itemsize
+
+
+@llvm_body(per_word, lambda x: types.intp if _is_memory(x) else None)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    return ir.Constant(ir.IntType(64), 2 if sig.args[0].dtype == types.uint16 else 1)
+
+
 # ---- register tiles ------------------------------------------------------------------------------
 def _tile_of(mr: Any, nv: Any, *rest: Any) -> Any:
     literal = all(isinstance(s, types.IntegerLiteral) for s in (mr, nv))
