@@ -520,6 +520,28 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     return _halving(bld, args[0], lambda a, b: bld.select(bld.fcmp_ordered(">", a, b), a, b))
 
 
+def interleave(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a0, b0, a1, b1, .. a7, b7: the lower halves of a and b in turn."""
+    return np.stack((a[:8], b[:8]), axis=1).reshape(W)
+
+
+def swap_pairs(v: np.ndarray) -> np.ndarray:
+    """v1, v0, v3, v2, .. v15, v14."""
+    return v.reshape(8, 2)[:, ::-1].reshape(W)
+
+
+@llvm_body(interleave, _all_f32x16)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    lanes = [i // 2 + i % 2 * W for i in range(W)]
+    return bld.shuffle_vector(args[0], args[1], ir.Constant(_I32X16, lanes))
+
+
+@llvm_body(swap_pairs, _all_f32x16)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    lanes = [i ^ 1 for i in range(W)]
+    return bld.shuffle_vector(args[0], args[0], ir.Constant(_I32X16, lanes))
+
+
 def prefetch(x: np.ndarray, i: int) -> None:
     """Ask for the cache line of x[i]; any i, also outside the array. Nothing when interpreted."""
 
@@ -910,3 +932,114 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     offset = ctx.cast(bld, args[6], sig.args[6], types.intp)
     starts = [bld.add(bld.extract_value(args[5], j), offset) for j in range(sig.args[0].nv)]
     return _dot_step(ctx, bld, sig, args, starts)
+
+
+# ---- MXFP4 ---------------------------------------------------------------------------------------
+_E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)  # magnitudes of codes 0 .. 7
+MXFP4_TABLE = (np.concatenate([_E2M1, -_E2M1]).view(np.uint32) >> 16).astype(np.uint16)  # as BF16
+
+
+def mxfp4_exponents(scales: np.ndarray, i: int) -> np.ndarray:
+    """What 16 scale bytes (2**(s - 127)) add to BF16 bits, as i32x16: twice (s - 127) << 7, one per
+    half of a pair. Scales must be 2 .. 252, so that no result leaves BF16's normal range."""
+    shift = (scales[i : i + W].astype(np.int32) - 127) << 7
+    return ((shift << 16) | (shift & 0xFFFF)).astype(np.int32)
+
+
+def _is_bytes(x: Any) -> bool:
+    return isinstance(x, types.Array) and x.ndim == 1 and x.dtype == types.uint8
+
+
+def _load_bytes(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    """16 bytes at args[0][args[1]] as 16 words."""
+    index = ctx.cast(bld, args[1], sig.args[1], types.intp)
+    llvm = ir.VectorType(ir.IntType(8), W)
+    pointer = _vector_pointer(ctx, bld, sig.args[0], args[0], index, llvm)
+    return bld.zext(bld.load(pointer, align=1), _I32X16)
+
+
+@llvm_body(mxfp4_exponents, lambda scales, i: i32x16 if _is_bytes(scales) else None)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    shift = bld.sub(_load_bytes(ctx, bld, sig, args), _i32_splat(127))
+    shift = bld.shl(shift, _i32_splat(7))
+    lower = bld.and_(shift, _i32_splat(0xFFFF))
+    return bld.or_(bld.shl(shift, _i32_splat(16)), lower)
+
+
+def mxfp4_pairs(codes: np.ndarray, i: int, exponents: np.ndarray) -> np.ndarray:
+    """16 bytes of two codes each, the lower k in the lower nibble, as bf16x32 times their scales.
+
+    Exact: a code has two significant bits and the scale is a power of two.
+    """
+    both = codes[i : i + W].repeat(2)
+    both[1::2] >>= 4
+    both &= 15
+    raised = MXFP4_TABLE[both] + exponents.astype(np.int32).view(np.uint16)
+    return np.where(both & 7, raised, MXFP4_TABLE[both]).astype(np.uint16)
+
+
+@llvm_body(
+    mxfp4_pairs,
+    lambda codes, i, exponents: bf16x32 if _is_bytes(codes) and exponents == i32x16 else None,
+)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    code = _load_bytes(ctx, bld, sig, args)
+    code = bld.and_(bld.or_(code, bld.shl(code, _i32_splat(12))), _i32_splat(0x000F000F))
+    i16x32 = ir.VectorType(_I16, 2 * W)
+
+    def every(value: int) -> Any:
+        return ir.Constant(i16x32, [value] * (2 * W))
+
+    code = bld.bitcast(code, i16x32)
+    magnitude = bld.and_(code, every(7))
+    zero = bld.icmp_unsigned("==", magnitude, every(0))
+    if _has(ctx, "avx512bw"):
+        table = ir.Constant(i16x32, [int(v) for v in MXFP4_TABLE] * 2)
+        value = _call(bld, "llvm.x86.avx512.permvar.hi.512", i16x32, table, code)
+    else:
+        # 1 + m / 2 times 2**(e - 1) for e > 0; the code 1 alone is 0.5
+        value = bld.add(bld.shl(magnitude, every(6)), every(126 << 7))
+        half = bld.icmp_unsigned("==", magnitude, every(1))
+        value = bld.select(zero, every(0), bld.select(half, every(126 << 7), value))
+        value = bld.or_(value, bld.shl(bld.and_(code, every(8)), every(12)))
+    raised = bld.add(value, bld.bitcast(args[2], i16x32))
+    return bld.bitcast(bld.select(zero, value, raised), _I32X16)
+
+
+def tile_dot_pairs(
+    acc: np.ndarray,
+    a: np.ndarray,
+    a0: int,
+    lda: int,
+    b0: np.ndarray,
+    b1: np.ndarray,
+    b2: np.ndarray,
+    b3: np.ndarray,
+) -> np.ndarray:
+    """As `tile_dot` for a tile of four vectors, with the pairs of B in registers: b0, b1, b2, b3."""
+    acc = acc.copy()
+    for j, b in enumerate((b0, b1, b2, b3)):
+        for i in range(acc.shape[0]):
+            columns = slice(j * W, (j + 1) * W)
+            acc[i, columns] = dot_pairs(acc[i, columns], splat_pair(a, a0 + i * lda), b)
+    return acc
+
+
+def _tile_dot_pairs_type(acc: Any, a: Any, a0: Any, lda: Any, *b: Any) -> Any:
+    ours = isinstance(acc, TileType) and acc.nv == 4 and _is_bf16_memory(a)
+    return acc if ours and len(b) == 4 and all(v == bf16x32 for v in b) else None
+
+
+@llvm_body(tile_dot_pairs, _tile_dot_pairs_type)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    tile, value = sig.args[0], args[0]
+    row, ld = (ctx.cast(bld, args[k], sig.args[k], types.intp) for k in (2, 3))
+    for i in range(tile.mr):
+        pair = bld.load(_vector_pointer(ctx, bld, sig.args[1], args[1], row, _I32), align=2)
+        v = _splat(bld, pair)
+        for j in range(4):
+            k = i * 4 + j
+            acc = _dot_pairs(ctx, bld, bld.extract_value(value, k), v, args[4 + j])
+            value = bld.insert_value(value, acc, k)
+        row = bld.add(row, ld)
+    return value
