@@ -717,7 +717,7 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
 
 
 def per_word(x: np.ndarray) -> int:
-    """S: elements of x in a word of 4 bytes, 2 of BF16 or 1 of float32; a constant when compiled."""
+    """S: elements of x in a word of 4 bytes, 2 of BF16 or 1 of f32; a constant when compiled."""
     return 4 // x.itemsize
 
 
@@ -1016,7 +1016,7 @@ def tile_dot_pairs(
     b2: np.ndarray,
     b3: np.ndarray,
 ) -> np.ndarray:
-    """As `tile_dot` for a tile of four vectors, with the pairs of B in registers: b0, b1, b2, b3."""
+    """As `tile_dot` for a tile of four vectors, with the pairs of B in registers: b0 to b3."""
     acc = acc.copy()
     for j, b in enumerate((b0, b1, b2, b3)):
         for i in range(acc.shape[0]):

@@ -145,6 +145,20 @@ def pack_experts(experts: Sequence[Array]) -> PackedExperts:
     return PackedExperts(data, len(experts), n, k)
 
 
+def check_offsets(kernel: str, offsets: Array, num_experts: int, rows: int) -> None:
+    """offsets must be int64 [num_experts + 1] and ascend from 0 to `rows`."""
+    require(kernel, "offsets", offsets, (num_experts + 1,), (np.int64,))
+    if offsets[0] != 0 or offsets[-1] != rows or (np.diff(offsets) < 0).any():
+        raise ValueError(f"{kernel}: offsets must ascend from 0 to {rows}, found {offsets}")
+
+
+def pad_bias(bias: Array | None) -> Array:
+    """bias [X, N], each expert's padded to whole panels, flat; empty for None."""
+    if bias is None:
+        return np.empty(0, np.float32)
+    return np.pad(bias, ((0, 0), (0, -bias.shape[1] % NR))).reshape(-1)
+
+
 def grouped_gemm(
     x: Array, weight: PackedExperts, offsets: Array, bias: Array | None = None
 ) -> Array:
@@ -157,9 +171,7 @@ def grouped_gemm(
     size = x_count * packed_size(n, k, weight.data.dtype)
     require(name, "weight.data", weight.data, (size,), STORAGE)
     require(name, "x", x, ("R", k), (weight.data.dtype,))
-    require(name, "offsets", offsets, (x_count + 1,), (np.int64,))
-    if offsets[0] != 0 or offsets[-1] != len(x) or (np.diff(offsets) < 0).any():
-        raise ValueError(f"{name}: offsets must ascend from 0 to {len(x)}, found {offsets}")
+    check_offsets(name, offsets, x_count, len(x))
     if bias is not None:
         require(name, "bias", bias, (x_count, n))
     out = np.empty((len(x), n), np.float32)
@@ -169,14 +181,11 @@ def grouped_gemm(
         return out
     if x.dtype == np.uint16 and k % 2:
         x = np.pad(x, ((0, 0), (0, 1)))  # an odd K: the last pair needs its zero
-    padded = np.empty(0, np.float32)
-    if bias is not None:
-        padded = np.pad(bias, ((0, 0), (0, -n % NR))).reshape(-1)
     busy = np.flatnonzero(np.diff(offsets))
     flat = np.ascontiguousarray(x).reshape(-1)
     panels = -(-n // NR)
     _grouped_gemm_kernel(
-        flat, weight.data, busy, offsets, padded, out.reshape(-1), n, x.shape[1], panels
+        flat, weight.data, busy, offsets, pad_bias(bias), out.reshape(-1), n, x.shape[1], panels
     )
     return out
 
