@@ -77,11 +77,13 @@ test-long: $(VENV)/.installed-test
 test-interpreted: $(VENV)/.installed-test
 	NUMBA_DISABLE_JIT=1 $(PYTEST) -q tests/kernels
 
-notebooks: $(VENV)/.installed-notebooks
-	@found=0; for notebook in notebooks/[0-9][0-9]_*.ipynb; do \
-	    [ -e "$$notebook" ] || continue; found=1; echo "make: executing $$notebook"; \
-	    $(BIN)/jupyter execute --inplace "$$notebook" || exit 1; \
-	done; [ $$found = 1 ] || echo "make notebooks: there are no notebooks/NN_*.ipynb yet"
+NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
+
+notebooks: $(if $(NOTEBOOKS),$(VENV)/.installed-notebooks)
+	@$(if $(NOTEBOOKS),,echo "make notebooks: there are no notebooks/NN_*.ipynb yet")
+	@for notebook in $(NOTEBOOKS); do \
+	    echo "make: executing $$notebook"; $(BIN)/jupyter execute --inplace "$$notebook" || exit 1; \
+	done
 
 bench: $(VENV)/.installed-test
 	@for bench in bench/kernels/bench_*.py; do \
