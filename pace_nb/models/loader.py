@@ -9,6 +9,7 @@ unopened: to load one is to run it (RELIABILITY.md S1).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Collection
@@ -200,21 +201,25 @@ def _open_shards(directory: Path) -> list[SafetensorsFile]:
                 " a .safetensors file in the same directory"
             )
     files: dict[str, SafetensorsFile] = {}
-    by_identity: dict[tuple[int, int], SafetensorsFile] = {}
-    for shard in sorted(set(weight_map.values())):
-        file = files[shard] = SafetensorsFile(directory, shard)
-        other = by_identity.setdefault(file.identity, file)
-        if other is not file:
-            raise ModelFormatError(f"{file.path}: is the same file as {other.path.name}")
-        for tensor in file.tensors:
-            if weight_map.get(tensor) != shard:
+    with contextlib.ExitStack() as on_failure:
+        by_identity: dict[tuple[int, int], SafetensorsFile] = {}
+        for shard in sorted(set(weight_map.values())):
+            file = files[shard] = SafetensorsFile(directory, shard)
+            on_failure.callback(file.close)
+            other = by_identity.setdefault(file.identity, file)
+            if other is not file:
+                raise ModelFormatError(f"{file.path}: is the same file as {other.path.name}")
+            for tensor in file.tensors:
+                if weight_map.get(tensor) != shard:
+                    raise ModelFormatError(
+                        f"{file.path}: holds tensor {shown(tensor)}, which {INDEX} says is in"
+                        f" {shown(weight_map.get(tensor))}"
+                    )
+        for tensor, shard in weight_map.items():
+            if tensor not in files[shard].tensors:
                 raise ModelFormatError(
-                    f"{file.path}: holds tensor {shown(tensor)}, which {INDEX} says is in"
-                    f" {shown(weight_map.get(tensor))}"
+                    f"{directory / shard}: has no tensor {shown(tensor)}, which {INDEX} says is"
+                    " in it"
                 )
-    for tensor, shard in weight_map.items():
-        if tensor not in files[shard].tensors:
-            raise ModelFormatError(
-                f"{directory / shard}: has no tensor {shown(tensor)}, which {INDEX} says is in it"
-            )
+        on_failure.pop_all()
     return list(files.values())

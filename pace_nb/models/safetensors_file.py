@@ -99,7 +99,10 @@ class SafetensorsFile:
         dtype = np.dtype(ARRAY_DTYPES[entry.dtype])
         count = (entry.stop - entry.start) // dtype.itemsize
         flat = np.frombuffer(self._map, dtype, count, entry.start)
-        return (flat if flat.flags.aligned else flat.copy()).reshape(entry.shape)
+        if not flat.flags.aligned:
+            flat = flat.copy()
+            flat.flags.writeable = False
+        return flat.reshape(entry.shape)
 
     def release(self, name: str) -> None:
         """Let the tensor's pages go from memory. A later look reads them from the file again."""
