@@ -54,7 +54,10 @@ class Detokenizer:
         if self._pieces is None:
             return self.decode_window(token_ids, skip_special_tokens)
         stream = self.stream((), skip_special_tokens)
-        return stream.push(token_ids) + stream.flush()
+        try:
+            return stream.push(token_ids) + stream.flush()
+        except TypeError:  # no list, or a list in it
+            raise InvalidRequestError("the token ids are wrong, expected integers from 0") from None
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for in the middle of a text: UTF-8, maybe a part of a character."""
@@ -62,8 +65,8 @@ class Detokenizer:
         if known is None:
             piece = self._piece(token_id)
             if piece is None:
-                known = b""
-            elif self._pieces is not None:
+                return b""
+            if self._pieces is not None:
                 known = self._pieces.to_bytes(piece)
             else:
                 known = self.decode_window([token_id], skip_special_tokens=False).encode()
@@ -82,9 +85,8 @@ class Detokenizer:
         """The library's own decoding of all ids at once."""
         try:
             with library_errors("tokenizer.json"):
-                text: str = self._backend.decode(
-                    list(token_ids), skip_special_tokens=skip_special_tokens
-                )
+                ids = list(token_ids)
+                text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         except ModelFormatError as error:
             raise InvalidRequestError(f"the token ids cannot be decoded: {error}") from None
         return text

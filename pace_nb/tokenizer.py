@@ -79,10 +79,11 @@ class Tokenizer:
                 if backend.token_to_id(text) is not None:
                     backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
             added = backend.get_added_tokens_decoder()
-            largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+            if vocab_size is None:
+                vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
             alone = backend.encode("", add_special_tokens=True).ids
         self._backend = backend
-        self.vocab_size = largest + 1 if vocab_size is None else vocab_size
+        self.vocab_size = vocab_size
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.bos_token_id = bos_token_id

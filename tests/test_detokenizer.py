@@ -235,7 +235,7 @@ def test_ids_without_a_piece_add_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("wrong", [-1, 2**40, "a", None, 1.5])
+@pytest.mark.parametrize("wrong", [-1, 2**40, "a", None, 1.5, [1], {}])
 def test_what_is_no_id_is_refused(name: str, wrong: object) -> None:
     with pytest.raises(InvalidRequestError):
         TOKENIZERS[name].decode([wrong])  # type: ignore[list-item]
