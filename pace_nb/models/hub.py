@@ -131,7 +131,7 @@ def download(
             f"{what}: no such directory, and not a hub name (owner/name)"
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        partly = isinstance(error, errors.IncompleteSnapshotError)
+        partly = type(error).__name__ == "IncompleteSnapshotError"  # since huggingface_hub 2
         why = (
             "offline mode is on"
             if offline or constants.HF_HUB_OFFLINE
@@ -155,10 +155,11 @@ def download(
 def list_cached() -> list[CachedModel]:
     """The snapshots in the Hugging Face cache that have safetensors and a config.json, by name."""
     import huggingface_hub
+    from huggingface_hub import constants
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        cache = huggingface_hub.scan_cache_dir()
+        cache = huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE)
     except CacheNotFound:
         return []
     found = []
