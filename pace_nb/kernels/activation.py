@@ -18,7 +18,7 @@ Does: about 25 operations per element for silu and gelu_tanh, 50 for gelu, 1 for
     memory where the rows come from DRAM, by arithmetic where the GEMM left them in cache.
 Error: f32. silu and gelu 4 and 9 ULP; gelu_tanh, written as a sigmoid because 1 + tanh(u) cancels,
     4 + 2 |2 u| ULP (its exponent has an error that large); the product with up adds half an ULP,
-    BF16 output another half of its own. Without fma gelu has x^2 / 2 ULP more.
+    BF16 output another half of its own. Without fma gelu has x^2 / 2 ULP more, gelu_tanh |2 u|.
 Cautions: as the formulas do, -infinity gives NaN (but relu 0), NaN stays NaN (relu too). Results
     below 1e-38 may be 0. `out` may be `x` itself when both are f32 and contiguous.
 Source: Elfwing et al. 2017 (SiLU), Hendrycks and Gimpel 2016 (GELU and its tanh form), Shazeer 2020
@@ -93,26 +93,31 @@ def _act(x, kind):
 
 
 @jit.device_fn
+def _load_up_to(x, i, n):
+    """x[i : i + 16] or, where n < 16, as many of them."""
+    return load(x, i) if n >= 16 else load_tail(x, i, n)
+
+
+@jit.device_fn
 def _act_row(x, x0, kind, out, y0, n):
-    """out[y0 : y0 + n] = act(x[x0 : x0 + n])."""
-    whole = n // 16 * 16
-    for i in range(0, whole, 16):
-        store(out, y0 + i, _act(load(x, x0 + i), kind))
-    n -= whole
-    if n:
-        store_tail(out, y0 + whole, _act(load_tail(x, x0 + whole, n), kind), n)
+    """out[y0 : y0 + n] = act(x[x0 : x0 + n]); one loop, as a second one would compile act again."""
+    for i in range(0, n, 16):
+        y = _act(_load_up_to(x, x0 + i, n - i), kind)
+        if n - i >= 16:
+            store(out, y0 + i, y)
+        else:
+            store_tail(out, y0 + i, y, n - i)
 
 
 @jit.device_fn
 def _gated_row(x, gate0, up0, kind, out, y0, n):
     """out[y0 : y0 + n] = act(x[gate0 : gate0 + n]) * x[up0 : up0 + n]."""
-    whole = n // 16 * 16
-    for i in range(0, whole, 16):
-        store(out, y0 + i, _act(load(x, gate0 + i), kind) * load(x, up0 + i))
-    n -= whole
-    if n:
-        gate, up = load_tail(x, gate0 + whole, n), load_tail(x, up0 + whole, n)
-        store_tail(out, y0 + whole, _act(gate, kind) * up, n)
+    for i in range(0, n, 16):
+        y = _act(_load_up_to(x, gate0 + i, n - i), kind) * _load_up_to(x, up0 + i, n - i)
+        if n - i >= 16:
+            store(out, y0 + i, y)
+        else:
+            store_tail(out, y0 + i, y, n - i)
 
 
 # ---- kernels: a stretch of at most COLUMNS columns of one row per task ---------------------------
