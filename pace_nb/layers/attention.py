@@ -4,10 +4,9 @@ Knows the cache's view of a batch and that a step mixes sequences with one query
 many. Does not know projections, masks' arithmetic (`kernels/attention_*.py`) or where weights come
 from: a model file projects q, k and v, hands them over here, and projects the result.
 
-A step's sequences are cut into runs of neighbours that the same kernel serves, so every kernel call
-works on slices of the flat arrays and nothing is gathered or padded. Decode and prefill kernels
-give the same bits for the same row (ARCHITECTURE.md 11.1), so where the cut falls changes speed
-only.
+A step calls each kernel at most once per layer, over the flat arrays and with the indices of the
+sequences it serves, so nothing is gathered or padded. Decode and prefill kernels give the same bits
+for the same row (ARCHITECTURE.md 11.1): the choice changes speed only.
 """
 
 from __future__ import annotations
@@ -39,22 +38,12 @@ def choose_kernel(query_len: int) -> Kernel:
     return attention_prefill.attention_prefill
 
 
-class Run(NamedTuple):
-    """Neighbouring sequences that one kernel call serves."""
-
-    kernel: Kernel
-    sequences: slice
-    tokens: slice
-    cu_seqlens_q: Int32Array  # from 0
-    context_lens: Int32Array
-
-
 class Step(NamedTuple):
     """What every layer of one forward pass shares."""
 
     batch: Batch
     kv: BatchKV
-    runs: tuple[Run, ...]
+    calls: tuple[tuple[Kernel, Int32Array | None], ...]  # kernel, its sequences (None = all)
     sequence_lens: Int32Array  # [T]: keys of the sequence each token belongs to
 
     @classmethod
@@ -62,28 +51,17 @@ class Step(NamedTuple):
         """Plan a step; done once per forward pass."""
         query_lens = np.diff(batch.cu_seqlens_q)
         sequence_lens = np.repeat(batch.context_lens, query_lens)
-        return cls(batch, kv, _runs(batch, query_lens), sequence_lens)
+        return cls(batch, kv, _calls(query_lens), sequence_lens)
 
 
-def _runs(batch: Batch, query_lens: Int32Array) -> tuple[Run, ...]:
-    kernels = [choose_kernel(int(query_len)) for query_len in query_lens]
-    runs: list[Run] = []
-    start = 0
-    for end in range(1, len(kernels) + 1):
-        if end < len(kernels) and kernels[end] is kernels[start]:
-            continue
-        bounds = batch.cu_seqlens_q[start : end + 1]
-        runs.append(
-            Run(
-                kernels[start],
-                slice(start, end),
-                slice(int(bounds[0]), int(bounds[-1])),
-                bounds - bounds[0],
-                batch.context_lens[start:end],
-            )
-        )
-        start = end
-    return tuple(runs)
+def _calls(query_lens: Int32Array) -> tuple[tuple[Kernel, Int32Array | None], ...]:
+    """One call per kernel that `choose_kernel` names, with the indices of its sequences."""
+    served: dict[Kernel, list[int]] = {}
+    for sequence, query_len in enumerate(query_lens):
+        served.setdefault(choose_kernel(int(query_len)), []).append(sequence)
+    if len(served) == 1:
+        return tuple((kernel, None) for kernel in served)
+    return tuple((kernel, np.array(which, np.int32)) for kernel, which in served.items())
 
 
 class Attention:
@@ -118,18 +96,18 @@ class Attention:
         queries, keys = _rotated(q, rotation, storage), _rotated(k, rotation, storage)
         kv_write.kv_write(keys, v, pool, *view, step.batch.cu_seqlens_q, step.batch.context_lens)
         out = np.empty(q.shape, storage)
-        for run in step.runs:
-            run.kernel(
-                queries[run.tokens],
+        for kernel, sequences in step.calls:
+            kernel(
+                queries,
                 pool,
-                view.block_table[run.sequences],
-                view.units_per_block,
-                run.cu_seqlens_q,
-                run.context_lens,
+                *view,
+                step.batch.cu_seqlens_q,
+                step.batch.context_lens,
                 self._scale,
                 window=self._window,
                 sinks=sinks,
-                out=out[run.tokens],
+                out=out,
+                sequences=sequences,
             )
         return out.reshape(len(out), -1)
 

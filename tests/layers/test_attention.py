@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from pace_nb.kernels.attention_decode import attention_decode
-from pace_nb.kernels.attention_prefill import attention_prefill
 
 from pace_nb.batch import Batch
 from pace_nb.config import CacheConfig
+from pace_nb.kernels.attention_decode import attention_decode
+from pace_nb.kernels.attention_prefill import attention_prefill
 from pace_nb.kv_cache.base import BatchKV, KVCacheConfig
 from pace_nb.kv_cache.contiguous import ContiguousCache
 from pace_nb.layers.attention import DECODE_QUERY_LEN, Attention, Step, choose_kernel
@@ -141,17 +141,16 @@ def test_the_kernel_is_chosen_by_query_length():
     assert choose_kernel(DECODE_QUERY_LEN + 1) is attention_prefill
 
 
-def test_neighbours_with_the_same_kernel_are_one_run():
+def test_each_kernel_is_called_once_with_its_sequences():
     long = DECODE_QUERY_LEN + 5
     spans = [("a", 9, 1), ("b", 0, 2), ("c", 4, long), ("d", 0, long), ("e", 30, 1)]
-    batch = Batch.from_spans([(name, start, [0] * n, 0) for name, start, n in spans])
-    runs = Step.of(batch, None).runs
-    assert [r.kernel for r in runs] == [attention_decode, attention_prefill, attention_decode]
-    assert [(r.sequences, r.tokens) for r in runs] == [
-        (slice(0, 2), slice(0, 3)),
-        (slice(2, 4), slice(3, 3 + 2 * long)),
-        (slice(4, 5), slice(3 + 2 * long, 4 + 2 * long)),
-    ]
-    assert [r.cu_seqlens_q.tolist() for r in runs] == [[0, 1, 3], [0, long, 2 * long], [0, 1]]
-    assert [r.context_lens.tolist() for r in runs] == [[10, 2], [4 + long, long], [31]]
-    assert all(r.cu_seqlens_q.dtype == np.int32 for r in runs)
+
+    def calls(chosen):
+        batch = Batch.from_spans([(name, start, [0] * n, 0) for name, start, n in chosen])
+        step = Step.of(batch, None)
+        assert step.sequence_lens.tolist() == [s + n for _, s, n in chosen for _ in range(n)]
+        return [(kernel, None if of is None else of.tolist()) for kernel, of in step.calls]
+
+    assert calls(spans) == [(attention_decode, [0, 1, 4]), (attention_prefill, [2, 3])]
+    assert calls(spans[:2]) == [(attention_decode, None)]
+    assert calls(spans[2:4]) == [(attention_prefill, None)]
