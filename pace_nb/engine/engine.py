@@ -61,9 +61,9 @@ class Engine:
 
     def step(self) -> list[Progress]:
         """Bring requests forward by one step; returns those with new tokens or an end."""
-        if not self._requests:
-            return []
         scheduled = self._scheduler.schedule()
+        if not scheduled:
+            return self._end_stall()
         try:
             logits = self._runner.run(scheduled)
             sampled = self._sampler.sample(scheduled, logits)
@@ -151,6 +151,17 @@ class Engine:
     def num_unfinished(self) -> int:
         """Requests that wait or run."""
         return len(self._requests)
+
+    def _end_stall(self) -> list[Progress]:
+        """Nothing could be scheduled: the first in line, if there is one, would wait for ever."""
+        if not self._scheduler.waiting:
+            return []
+        request = self._scheduler.waiting[0]
+        request.error = (
+            f"no room in the KV cache for {request.num_tokens} tokens, though it is idle"
+        )
+        self._finish(request, "error")
+        return [Progress(request, ())]
 
     def _one_by_one(self, scheduled: Sequence[Scheduled]) -> list[Sampled]:
         """A step that raised, again, one request at a time."""

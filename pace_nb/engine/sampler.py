@@ -41,6 +41,7 @@ from pace_nb.engine.request import Request
 from pace_nb.engine.scheduler import Scheduled
 from pace_nb.engine.stopping import ending_token_ids
 from pace_nb.outputs import Logprob, TokenLogprobs
+from pace_nb.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from pace_nb.engine.model_runner import StepLogits
@@ -127,9 +128,25 @@ def sample_row(logits: Float32Array, request: Request) -> int:
     if params.greedy:
         return int(logits.argmax())
 
-    with np.errstate(over="ignore"):  # far below the largest is -inf
+    kept, weights = candidates(logits, params)
+    cumulative = np.cumsum(weights)
+    total = cumulative[-1]
+    drawn = cumulative.searchsorted(uniform(request) * total, side="right")
+    # u * total may round up to total: then it is the last token that has any weight.
+    index = int(min(drawn, cumulative.searchsorted(total, side="left")))
+    return index if kept is None else int(kept[index])
+
+
+def candidates(
+    logits: Float32Array, params: SamplingParams
+) -> tuple[Int64Array | None, NDArray[np.float64]]:
+    """Steps 6 to 9 on a row f32[V]: ids that may be drawn, ascending (None = all), and weights.
+
+    A weight is the probability over that of the likeliest token.
+    """
+    with np.errstate(over="ignore"):  # what is too far below the largest is -inf
         scaled = (logits - logits.max()) / np.float32(params.temperature)  # the largest is 0
-    kept: Int64Array | None = None  # ids, ascending; None = all
+    kept: Int64Array | None = None
     floor = np.float32(-np.inf)
     if params.min_p > 0:
         floor = np.float32(np.log(params.min_p))
@@ -143,13 +160,7 @@ def sample_row(logits: Float32Array, request: Request) -> int:
         head = _top_p(scaled, weights, params.top_p)
         kept = head if kept is None else kept[head]
         weights = weights[head]
-
-    cumulative = np.cumsum(weights)
-    total = cumulative[-1]
-    drawn = cumulative.searchsorted(uniform(request) * total, side="right")
-    # u * total may round up to total: then it is the last token that has any weight.
-    index = int(min(drawn, cumulative.searchsorted(total, side="left")))
-    return index if kept is None else int(kept[index])
+    return kept, weights
 
 
 def uniform(request: Request) -> float:

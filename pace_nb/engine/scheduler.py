@@ -17,7 +17,7 @@ Without it a prompt runs whole or waits, and the first one of a step may exceed 
 When a running request needs room and there is none, the youngest running request is preempted: it
 gives all its room back, waits at its old place in the line and later computes its tokens anew. The
 oldest is never preempted, and alone it always fits (the engine refuses what never could), so it
-finishes, and then the next is the oldest. In a step that preempted, nobody is admitted.
+finishes, and then the next is the oldest.
 Source: vLLM v1 (`vllm/v1/core/sched/scheduler.py`); RELIABILITY.md R9.
 """
 
@@ -57,13 +57,13 @@ class Scheduler:
         insort(self.waiting, request, key=_arrival)
 
     def schedule(self) -> list[Scheduled]:
-        """Share out one step's budget; empty only when no request is unfinished.
+        """Share out one step's budget.
 
-        RuntimeError should requests wait and none can run: the engine would spin for ever.
+        Empty only when nothing waits or runs, or when the cache refuses room to the first in line
+        although nobody else has any.
         """
         scheduled: list[Scheduled] = []
         budget = self._max_num_batched_tokens
-        preempted = False
 
         for request in sorted(self.running, key=lambda request: request.num_behind > 1):
             num_tokens = self._share(request, budget, scheduled)
@@ -75,9 +75,8 @@ class Scheduler:
                     budget -= num_tokens
                     break
                 self._preempt(self.running[-1])
-                preempted = True
 
-        while self.waiting and len(self.running) < self._max_num_seqs and not preempted:
+        while self.waiting and len(self.running) < self._max_num_seqs:
             request = self.waiting[0]
             num_tokens = self._share(request, budget, scheduled)
             if not num_tokens or not self._cache.allocate(request.request_id, request.num_tokens):
@@ -88,9 +87,6 @@ class Scheduler:
                 request.metrics.first_scheduled_time = time.monotonic()
             scheduled.append(Scheduled(request, num_tokens))
             budget -= num_tokens
-
-        if self.waiting and not scheduled:
-            raise RuntimeError(f"{len(self.waiting)} requests wait and none can run")
         return scheduled
 
     def finish(self, request: Request, *, zero: bool = False) -> None:

@@ -133,11 +133,19 @@ class ContiguousCache:
         return None if start is None else range(start, start + length)
 
     def _move(self, owned: range, start: int) -> None:
-        """Copy the units of `owned` to `start`; the two may overlap."""
-        source, target = slice(owned.start, owned.stop), slice(start, start + len(owned))
+        """Copy the units of `owned` to `start`; the two overlap only where that is below.
+
+        (Above it they would lie in one free range that starts no later than `owned`, and first fit
+        takes its start.) In ascending pieces no longer than the way they go: then no piece overlaps
+        itself, and NumPy needs no temporary. A move that stopped half-way for want of memory would
+        have damaged the sequence.
+        """
+        way = start - owned.start
+        pieces = [owned[i : i + abs(way)] for i in range(0, len(owned), abs(way))]
         for array in (array for pool in self._layers for array in pool):
-            for head in array:  # NumPy copies where they overlap, so not more than one head at once
-                head[target] = head[source]
+            for head in array:
+                for piece in pieces:
+                    head[piece.start + way : piece.stop + way] = head[piece.start : piece.stop]
 
     def _take(self, taken: range) -> None:
         """Cut `taken`, which lies in one free range, out of it."""

@@ -1,0 +1,169 @@
+"""A scripted model: logits that depend on a request's own tokens, read back through the KV pool.
+
+What it computes for a token is a hash of all tokens up to it. The tokens before are not taken from
+the batch but from the cache, where an earlier step has put them (in every layer, head and dim, keys
+and values). So a scheduler or a cache that loses, mixes up or forgets a token changes what comes
+out, and whatever gives the same tokens as a request alone is right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pace_nb.config import CacheConfig, EngineConfig
+from pace_nb.engine.engine import Engine
+from pace_nb.engine.request import Request
+from pace_nb.kv_cache import create_cache
+from pace_nb.kv_cache.base import UNIT, KVCacheConfig
+from pace_nb.outputs import RequestMetrics
+from pace_nb.sampling_params import SamplingParams
+
+VOCAB_SIZE = 40
+POISON = 39  # the token after which logits, keys and values are NaN
+EOS = 38
+STORED = KVCacheConfig(num_layers=2, num_kv_heads=2, head_dim=2, dtype="float32")
+
+
+class ScriptedModel:
+    """`registry.Model`. `before_run(batch)` is called first and may raise."""
+
+    vocab_size = VOCAB_SIZE
+    max_position_embeddings = 10_000
+
+    def __init__(self) -> None:
+        self.before_run = lambda batch: None
+        self.batches: list[Any] = []
+
+    def kv_cache_config(self, dtype):
+        return STORED
+
+    def __call__(self, batch, kv):
+        self.before_run(batch)
+        self.batches.append(batch)
+        hidden = np.empty((batch.num_tokens, 4), np.float32)
+        for b in range(batch.num_requests):
+            new = slice(batch.cu_seqlens_q[b], batch.cu_seqlens_q[b + 1])
+            positions = np.arange(batch.context_lens[b])
+            blocks = kv.view.block_table[b, positions // UNIT // kv.view.units_per_block]
+            units = blocks + positions // UNIT % kv.view.units_per_block
+            slots = positions % UNIT
+            here = batch.positions[new]
+            tokens = batch.token_ids[new].astype(np.float32)
+            tokens[tokens == POISON] = np.nan
+            for index in range(STORED.num_layers):
+                k, v = kv.layer(index)
+                for dim in range(STORED.head_dim):
+                    k[:, units[here], dim, slots[here], 0] = tokens + 100 * index + dim
+                    v[:, units[here], slots[here], dim, 0] = tokens + 200 * index + dim
+            read = np.zeros(len(positions))
+            for index in range(STORED.num_layers):
+                k, v = kv.layer(index)
+                for dim in range(STORED.head_dim):
+                    weight = 1 + 7 * index + 3 * dim
+                    read += weight * k[:, units, dim, slots, 0].sum(axis=0)
+                    read += 5 * weight * v[:, units, slots, dim, 0].sum(axis=0)
+            bad = np.maximum.accumulate(np.isnan(read))
+            spread = np.uint64(0x9E3779B97F4A7C15) * (2 * positions.astype(np.uint64) + 1)
+            prefix = np.cumsum(mix(np.nan_to_num(read).astype(np.uint64) + spread))  # wraps
+            words = mix(prefix[here])[:, None] >> np.arange(0, 64, 16, dtype=np.uint64)
+            hidden[new] = words & np.uint64(0xFFFF)
+            hidden[new][bad[here]] = np.nan
+        return hidden
+
+    def logits(self, hidden, rows):
+        chosen = hidden[rows]
+        bad = np.isnan(chosen).any(axis=1)
+        words = np.nan_to_num(chosen).astype(np.uint64) << np.arange(0, 64, 16, dtype=np.uint64)
+        column = np.arange(1, self.vocab_size + 1, dtype=np.uint64)
+        random = mix(words.sum(axis=1, dtype=np.uint64)[:, None] * column)
+        logits = (random >> np.uint64(58)).astype(np.float32) / 8  # 64 values, so ties are common
+        logits[bad] = np.nan
+        return logits
+
+
+def mix(x):
+    """splitmix64's finalizer."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass
+class Setup:
+    """An engine on a scripted model, with what is needed to look inside."""
+
+    engine: Engine
+    model: ScriptedModel
+    cache: Any
+
+    def step(self):
+        """One step; the cache must be sound and the running requests in order of age."""
+        progress = self.engine.step()
+        self.cache.check()
+        ages = [request.arrival for request in self.engine._scheduler.running]
+        assert ages == sorted(ages)
+        return progress
+
+    def run(self, *requests):
+        """Add the requests and step until all have ended."""
+        for request in requests:
+            self.engine.add(request)
+        steps = 0
+        while self.engine.num_unfinished:
+            self.step()
+            steps += 1
+            assert steps < 5000, "no progress"
+        self.expect_idle()
+
+    def expect_idle(self):
+        assert self.cache.num_free_tokens == self.cache.num_total_tokens
+        scheduler = self.engine._scheduler
+        assert not scheduler.waiting and not scheduler.running and not self.engine._requests
+
+
+class Scripted:
+    """Makes setups and requests."""
+
+    VOCAB_SIZE, POISON, EOS = VOCAB_SIZE, POISON, EOS
+
+    @staticmethod
+    def setup(*, num_units=64, max_model_len=512, **options) -> Setup:
+        model = ScriptedModel()
+        kind = options.get("kv_cache", "contiguous")
+        cache = create_cache(STORED, CacheConfig(kind, num_units * UNIT, max_model_len))
+        engine = Engine(model, cache, EngineConfig(**options), max_model_len)
+        return Setup(engine, model, cache)
+
+    @staticmethod
+    def request(request_id, prompt, *, max_tokens=8, bad_words=(), **params) -> Request:
+        params = {"temperature": 0.0, **params}
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=list(prompt),
+            params=SamplingParams(max_tokens=max_tokens, **params),
+            max_tokens=max_tokens,
+            metrics=RequestMetrics(arrival_time=0.0),
+            eos_token_ids=frozenset({EOS}),
+            bad_words_token_ids=bad_words,
+        )
+
+    @staticmethod
+    def result(request):
+        """All that a user can see of a finished request."""
+        return (
+            request.generated_token_ids,
+            request.logprobs,
+            request.prompt_logprobs,
+            request.finish_reason,
+            request.stop_reason,
+            request.error,
+        )
+
+
+@pytest.fixture(scope="session")
+def scripted() -> type[Scripted]:
+    return Scripted

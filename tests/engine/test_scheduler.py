@@ -1,0 +1,138 @@
+"""Who gets how many tokens: budgets, order, chunks, preemption."""
+
+from __future__ import annotations
+
+import pytest
+
+from pace_nb.config import CacheConfig, EngineConfig
+from pace_nb.engine.request import RequestStatus
+from pace_nb.engine.scheduler import Scheduler
+from pace_nb.kv_cache.base import UNIT, KVCacheConfig
+from pace_nb.kv_cache.contiguous import ContiguousCache
+
+MODEL = KVCacheConfig(num_layers=1, num_kv_heads=1, head_dim=2, dtype="float32")
+
+
+@pytest.fixture
+def make(scripted):
+    """A scheduler and the requests a, b, c, ... with prompts of the given lengths in its line."""
+
+    def build(*lengths, num_units=100, **options):
+        cache = ContiguousCache(MODEL, CacheConfig("contiguous", num_units * UNIT, 64))
+        scheduler = Scheduler(EngineConfig(**options), cache)
+        requests = [
+            scripted.request(name, [1] * length, max_tokens=99)
+            for name, length in zip("abcdefgh", lengths, strict=False)
+        ]
+        for arrival, request in enumerate(requests):
+            request.arrival = arrival
+            scheduler.add(request)
+        return scheduler, requests
+
+    return build
+
+
+def turn(scheduler):
+    """Schedule and compute: {request id: tokens}. Those that catch up generate a token."""
+    scheduled = scheduler.schedule()
+    for request, num_tokens in scheduled:
+        request.num_computed_tokens += num_tokens
+        if not request.num_behind:
+            request.token_ids.append(7)
+    scheduler._cache.check()
+    return {request.request_id: num_tokens for request, num_tokens in scheduled}
+
+
+def test_prompts_share_the_budget_in_order_of_arrival(make):
+    scheduler, _ = make(5, 8, 4, max_num_batched_tokens=10, max_num_seqs=4)
+    assert turn(scheduler) == {"a": 5, "b": 5}
+    assert turn(scheduler) == {"a": 1, "b": 3, "c": 4}
+    assert turn(scheduler) == {"a": 1, "b": 1, "c": 1}
+
+
+def test_decoding_comes_before_an_older_prompt_that_is_not_through(make):
+    scheduler, _ = make(30, 2, max_num_batched_tokens=8, max_num_seqs=4)
+    assert turn(scheduler) == {"a": 8}
+    scheduler._max_num_batched_tokens = 26
+    assert list(turn(scheduler).items()) == [("a", 22), ("b", 2)]
+    long = make(6, 50, max_num_batched_tokens=8, max_num_seqs=4)[0]
+    assert turn(long) == {"a": 6, "b": 2}
+    assert list(turn(long).items()) == [("a", 1), ("b", 7)]
+
+
+def test_no_more_than_max_num_seqs_run(make):
+    scheduler, requests = make(2, 2, 2, max_num_seqs=2)
+    assert turn(scheduler) == {"a": 2, "b": 2}
+    assert turn(scheduler) == {"a": 1, "b": 1}
+    scheduler.finish(requests[0])
+    assert turn(scheduler) == {"b": 1, "c": 2}
+
+
+def test_without_chunks_a_prompt_runs_whole_or_waits(make):
+    options = {"max_num_batched_tokens": 10, "max_num_seqs": 8, "enable_chunked_prefill": False}
+    scheduler, _ = make(6, 5, 3, **options)
+    assert turn(scheduler) == {"a": 6}  # b does not fit, and c does not overtake it
+    assert turn(scheduler) == {"a": 1, "b": 5, "c": 3}
+
+
+def test_without_chunks_one_prompt_per_step_may_exceed_the_budget(make):
+    options = {"max_num_batched_tokens": 10, "max_num_seqs": 8, "enable_chunked_prefill": False}
+    scheduler, _ = make(3, 25, 12, **options)
+    assert turn(scheduler) == {"a": 3}
+    assert turn(scheduler) == {"a": 1, "b": 25}
+    assert turn(scheduler) == {"a": 1, "b": 1, "c": 12}
+
+
+def test_a_request_without_room_waits_and_nobody_overtakes_it(make):
+    scheduler, requests = make(UNIT + 1, 3 * UNIT, 1, num_units=4)
+    assert turn(scheduler) == {"a": UNIT + 1}
+    assert turn(scheduler) == {"a": 1}
+    scheduler.finish(requests[0])
+    assert turn(scheduler) == {"b": 3 * UNIT, "c": 1}
+
+
+def test_the_youngest_gives_way_and_keeps_its_place_in_the_line(make):
+    scheduler, (a, b, c, d) = make(2 * UNIT - 1, UNIT, UNIT, 1, num_units=4, max_num_seqs=3)
+    assert turn(scheduler) == {"a": 2 * UNIT - 1, "b": UNIT, "c": UNIT}
+    assert turn(scheduler) == {"a": 1, "b": 1}  # b needed a second unit, and took it from c
+    assert c.status is RequestStatus.WAITING
+    assert (c.num_computed_tokens, c.num_preemptions, c.num_tokens) == (0, 1, UNIT + 1)
+    assert scheduler.waiting == [c, d]
+    assert turn(scheduler) == {"a": 1}  # a takes a third one from b, who had none left to take
+    assert scheduler.waiting == [b, c, d] and scheduler.running == [a]
+    scheduler.finish(a)
+    assert turn(scheduler) == {"b": UNIT + 2, "c": UNIT + 1}
+    assert (b.num_preemptions, a.num_preemptions) == (1, 0)
+
+
+def test_the_oldest_is_never_preempted(make):
+    scheduler, requests = make(*[UNIT] * 6, num_units=7)
+    for _ in range(6 * UNIT - 1):
+        oldest = scheduler.running[0] if scheduler.running else requests[0]
+        assert oldest.request_id in turn(scheduler)
+    assert requests[0].num_preemptions == 0
+    assert all(request.num_preemptions for request in requests[3:])
+
+
+def test_finishing_a_waiting_or_a_running_request_gives_everything_back(make):
+    scheduler, (a, b) = make(5, 5, max_num_seqs=1)
+    turn(scheduler)
+    scheduler.finish(b)
+    scheduler.finish(a)
+    assert not scheduler.waiting and not scheduler.running
+    assert scheduler._cache.num_free_tokens == scheduler._cache.num_total_tokens
+    assert a.status is b.status is RequestStatus.FINISHED
+    assert scheduler.schedule() == []
+
+
+def test_the_first_schedule_is_noted_once(make):
+    scheduler, (a, b) = make(UNIT, UNIT, num_units=3)
+    turn(scheduler)
+    times = [request.metrics.first_scheduled_time for request in (a, b)]
+    assert None not in times
+    for _ in range(UNIT + 2):
+        turn(scheduler)
+    assert b.num_preemptions
+    scheduler.finish(a)
+    turn(scheduler)
+    assert b.metrics.first_scheduled_time == times[1]
