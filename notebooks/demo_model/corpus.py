@@ -75,7 +75,7 @@ def chat(rng: random.Random) -> list[Message]:
         say(rng.choice((f"My name is {name}.", f"Hello, I am {name}.", f"I am {name}.")),
             f"Hello, {name}! How can I help you?")  # fmt: skip
     for _ in range(rng.choice((1, 1, 2, 2, 3, 4))):
-        if rng.random() < 0.15:
+        if rng.random() < 0.07:
             request, world = story_request(rng)
             say(request, tell(rng, world))
             if rng.random() < 0.4:
@@ -93,10 +93,14 @@ def chat(rng: random.Random) -> list[Message]:
 
 
 def documents(seed: int) -> Iterator[str | list[Message]]:
-    """An endless stream of documents: a story (a string) or a chat (a list of messages)."""
+    """An endless stream of documents: a story (a string) or a chat (a list of messages).
+
+    A story is long and a question is short: one document in eight is a story, and yet about half of
+    the words are in stories.
+    """
     rng = random.Random(seed)
     while True:
-        yield story(rng) if rng.random() < 0.3 else chat(rng)
+        yield story(rng) if rng.random() < 0.125 else chat(rng)
 
 
 if __name__ == "__main__":

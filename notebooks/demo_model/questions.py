@@ -91,22 +91,22 @@ MONTHS = (
 FACTS = {  # several ways to ask -> the answer
     "How many days are in a week? | How many days does a week have? | A week has how many days?": "A week has 7 days.",
     "How many months are in a year? | How many months does a year have? | A year has how many months?": "A year has 12 months.",
-    "What do bees make? | What does a bee make? | What food comes from bees?": "Bees make honey.",
+    "What do bees make? | What does a bee make? | What food comes from bees? | What do bees give us? | What do we get from bees?": "Bees make honey.",
     "What gives us milk? | Where does milk come from? | Which animal gives us milk?": "Milk comes from cows.",
     "What gives us eggs? | Where do eggs come from? | Which animal gives us eggs?": "Eggs come from hens.",
     "Where does wool come from? | What gives us wool? | Which animal gives us wool?": "Wool comes from sheep.",
-    "What do plants need? | What does a plant need to grow? | What do flowers need to grow?": "Plants need water and sun.",
-    "When do we sleep? | When do people sleep? | When is it time to sleep?": "We sleep at night.",
+    "What do plants need? | What does a plant need to grow? | What does a flower need? | What do flowers need to grow?": "Plants need water and sun.",
+    "When do we sleep? | When do people sleep? | When is it time to sleep? | When do children sleep? | When should people go to sleep?": "We sleep at night.",
     "When does the sun shine? | When can we see the sun? | When is the sun in the sky?": "The sun shines in the day.",
     "When can we see the stars? | When do the stars shine? | When do stars come out?": "The stars shine at night.",
     "What is ice made of? | What is ice? | What do you get when water freezes?": "Ice is frozen water.",
     "What falls from the clouds? | What comes from the clouds? | Where does rain come from?": "Rain falls from the clouds.",
-    "What do we use to see? | What do our eyes do? | What are eyes for?": "We see with our eyes.",
-    "What do we use to hear? | What do our ears do? | What are ears for?": "We hear with our ears.",
-    "What do we use to smell? | What does our nose do? | What is a nose for?": "We smell with our nose.",
+    "What do we use to see? | What do our eyes do? | What are eyes for? | What do we see with? | How do we see?": "We see with our eyes.",
+    "What do we use to hear? | What do our ears do? | What are ears for? | What do we hear with? | How do we hear?": "We hear with our ears.",
+    "What do we use to smell? | What does our nose do? | What is a nose for? | What do we smell with? | How do we smell? | What helps us to smell?": "We smell with our nose.",
     "What is bread made from? | What is bread made of? | How do we make bread?": "Bread is made from flour.",
-    "Which season is the coldest? | What is the coldest season? | When is it very cold?": "Winter is the coldest season.",
-    "Which season is the hottest? | What is the hottest season? | When is it very hot?": "Summer is the hottest season.",
+    "Which season is the coldest? | What is the coldest season? | When is it very cold? | Is winter cold? | What season is the coldest?": "Winter is the coldest season.",
+    "Which season is the hottest? | What is the hottest season? | When is it very hot? | Is summer hot? | What season is the hottest?": "Summer is the hottest season.",
     "How many fingers are on one hand? | How many fingers does a hand have? | How many fingers do you have on one hand?": "A hand has 5 fingers.",
     "How many wheels does a bike have? | How many wheels are on a bike? | A bike has how many wheels?": "A bike has 2 wheels.",
     "How many wheels does a car have? | How many wheels are on a car? | A car has how many wheels?": "A car has 4 wheels.",
@@ -277,32 +277,32 @@ def facts(rng: random.Random) -> Turn:
 
 
 def reading(rng: random.Random) -> Turn:
-    """A question about a few sentences given in the prompt: the answer is in no list, only there."""
-    who, other = draw_character(rng), draw_character(rng)
-    while other.name == who.name:
-        other = draw_character(rng)
-    things, colours_, places = (
-        rng.sample(THINGS, 2),
-        rng.sample(COLOURS, 2),
-        rng.sample(list(PLACES), 2),
-    )
-    lines = []
-    for person, thing, colour, place in zip((who, other), things, colours_, places, strict=True):
-        lines += [
-            f"{person.name} has {a(f'{colour} {thing}')}.",
-            f"{person.name} is {PLACES[place]}.",
-        ]
-    rng.shuffle(lines)
-    i = rng.randrange(2)
-    person, thing, colour, place = (who, other)[i], things[i], colours_[i], places[i]
-    question, answer = rng.choice([
-        (f"What does {person.name} have?", f"{person.name} has {a(f'{colour} {thing}')}."),
-        (f"Where is {person.name}?", f"{person.name} is {PLACES[place]}."),
-        (f"What colour is the {thing}?", f"The {thing} is {colour}."),
-        (f"Who has the {thing}?", f"{person.name} has the {thing}."),
-        (f"Who is {PLACES[place]}?", f"{person.name} is {PLACES[place]}."),
+    """A question about one to six sentences in the prompt: the answer is in no list, only there."""
+    people: list[str] = []
+    how_many = rng.choice((1, 2, 2, 3))
+    while len(people) < how_many:
+        name = draw_character(rng).name
+        people += [name] * (name not in people)
+    things, colours_ = rng.sample(THINGS, len(people)), rng.sample(COLOURS, len(people))
+    places = rng.sample(list(PLACES), len(people))
+    has = [
+        f"{name} has {a(f'{colour} {thing}')}."
+        for name, colour, thing in zip(people, colours_, things, strict=True)
+    ]
+    stands = [f"{name} is {PLACES[place]}." for name, place in zip(people, places, strict=True)]
+    i = rng.randrange(len(people))  # who is asked about
+    name, thing, colour, place = people[i], things[i], colours_[i], places[i]
+    question, answer, needed = rng.choice([
+        (f"What does {name} have?", f"{name} has {a(f'{colour} {thing}')}.", has[i]),
+        (f"Where is {name}?", f"{name} is {PLACES[place]}.", stands[i]),
+        (f"What colour is the {thing}?", f"The {thing} is {colour}.", has[i]),
+        (f"Who has the {thing}?", f"{name} has the {thing}.", has[i]),
+        (f"Who is {PLACES[place]}?", f"{name} is {PLACES[place]}.", stands[i]),
     ])  # fmt: skip
-    lead = rng.choice(("", "", "Read this. ", "Story: "))
+    lines = rng.choice((has, stands, has + stands))  # all of one sort, or both
+    lines = [line for line in lines if line != needed] + [needed]
+    rng.shuffle(lines)
+    lead = rng.choice(("", "", "", "Read this. ", "Story: "))
     return Turn(f"{lead}{' '.join(lines)} {question}", [answer])
 
 
@@ -386,7 +386,7 @@ QUESTIONS: dict[str, Callable[[random.Random], Turn]] = {
     "opposites": opposites, "animals": animals, "calendar": calendar, "facts": facts,
     "reading": reading, "story_reading": story_reading, "unknown": unknown, "small_talk": small_talk,
 }  # fmt: skip
-WEIGHTS = [6, 3, 4, 2, 2, 4, 2, 2, 5, 1, 1, 1]  # the harder a kind, the more of it is read
+WEIGHTS = [7, 3, 5, 1, 1, 3, 2, 2, 8, 1, 1, 1]  # the harder a kind, the more of it is read
 CLOSED = {"small_talk"}  # a closed list of phrasings: nothing to hold out
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from chat_format import BOS, CHAT_TEMPLATE, END, EOS, SPECIAL_TOKENS, render
+from chat_format import BOS, CHAT_TEMPLATE, END, EOS, ROLES, SPECIAL_TOKENS, render
 from corpus import documents
 from model import CONFIG, Llama
 from questions import QUESTIONS, ask
@@ -90,18 +90,36 @@ def batches(tokenizer: Tokenizer, seed: int) -> Iterator[Tensor]:
 def loss_of(model: Llama, batch: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(batch[:, :-1])
-    return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+    return F.cross_entropy(logits.float().flatten(0, 1), targets(batch).flatten())
 
 
-def train(model: Llama, tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
-    """Trains for `--minutes` of wall clock; the learning rate follows the clock down to zero."""
+def targets(batch: Tensor) -> Tensor:
+    """The next token of each, but -100 (ignored) inside what a user or the system says.
+
+    A segment is named by the special token that opens it; questions are drawn at random, so there
+    is nothing to learn in predicting them.
+    """
+    ids = batch[:, 1:]
+    position = torch.arange(ids.shape[1]).expand_as(ids)
+    opener = torch.where(ids < len(SPECIAL_TOKENS), position, 0).cummax(dim=1).values
+    inside = ids.gather(1, opener)  # the special token that each position comes after
+    silent = [SPECIAL_TOKENS.index(ROLES[role]) for role in ("system", "user")]
+    return ids.masked_fill(torch.isin(inside, torch.tensor(silent)), -100)
+
+
+def train(model: Llama, tokenizer: Tokenizer, arguments: argparse.Namespace,
+          steps: int = 0, minutes: float = 0.0) -> None:  # fmt: skip
+    """Trains for `--minutes` of wall clock; the learning rate follows the clock down to zero.
+
+    `steps` and `minutes` say what a resumed model has behind it; AdamW starts anew.
+    """
     matrices = [p for p in model.parameters() if p.ndim == 2]
     norms = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98), fused=True)
-    start = saved = time.monotonic()
-    smooth, step = 0.0, 0
-    for batch in batches(tokenizer, arguments.seed):
+    saved = time.monotonic()
+    start, smooth, step = saved - 60 * minutes, 0.0, 0
+    for batch in batches(tokenizer, arguments.seed + steps):
         progress = (time.monotonic() - start) / (60 * arguments.minutes)
         if progress >= 1:
             break
@@ -117,19 +135,25 @@ def train(model: Llama, tokenizer: Tokenizer, arguments: argparse.Namespace) -> 
         optimizer.zero_grad()
         step += 1
         smooth += (loss.item() - smooth) / min(step, 50)
+        now = time.monotonic()
         if step % 50 == 0:
-            minutes = (time.monotonic() - start) / 60
-            print(f"{minutes:6.1f} min  step {step}  tokens {step * TOKENS_PER_STEP / 1e6:.2f} M"
+            print(f"{(now - start) / 60:6.1f} min  step {steps + step}"
+                  f"  tokens {(steps + step) * TOKENS_PER_STEP / 1e6:.2f} M"
                   f"  rate {rate:.5f}  loss {smooth:.4f}", flush=True)  # fmt: skip
-        if time.monotonic() - saved > 240:
-            saved = time.monotonic()
-            save_checkpoint(arguments.checkpoint, model, step, saved - start)
-    save_checkpoint(arguments.checkpoint, model, step, time.monotonic() - start)
+        if now - saved > 240:
+            saved = now
+            save_checkpoint(arguments.checkpoint, model, tokenizer, steps + step, now - start)
+    seconds = time.monotonic() - start
+    save_checkpoint(arguments.checkpoint, model, tokenizer, steps + step, seconds)
 
 
-def save_checkpoint(path: Path, model: Llama, step: int, seconds: float) -> None:
+def save_checkpoint(
+    path: Path, model: Llama, tokenizer: Tokenizer, steps: int, seconds: float
+) -> None:
+    state = {"model": model.state_dict(), "tokenizer": tokenizer.to_str()}
+    state |= {"steps": steps, "minutes": seconds / 60}
     temporary = path.with_suffix(".part")
-    torch.save({"model": model.state_dict(), "steps": step, "minutes": seconds / 60}, temporary)
+    torch.save(state, temporary)
     temporary.replace(path)  # whole or not at all
 
 
@@ -271,6 +295,7 @@ def main() -> None:
     option("--seed", type=int, default=1)
     option("--checkpoint", type=Path, default=ROOT / "build" / "demo_model.pt")
     option("--export-only", action="store_true", help="export the checkpoint, train nothing")
+    option("--resume", action="store_true", help="train the checkpoint on, up to --minutes")
     option("--questions", type=int, default=200, help="held-out questions asked per kind")
     option("--stories", type=int, default=100, help="stories sampled and looked over")
     option("--out", type=Path, default=ROOT / "pace_nb" / "demo")
@@ -278,10 +303,16 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
-    tokenizer, model = train_tokenizer(seed=0), Llama()
-    if not arguments.export_only:
-        train(model, tokenizer, arguments)
+    model = Llama()
+    if arguments.resume:
+        state = torch.load(arguments.checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        tokenizer = Tokenizer.from_str(state["tokenizer"])
+        train(model, tokenizer, arguments, state["steps"], state["minutes"])
+    elif not arguments.export_only:
+        train(model, train_tokenizer(seed=0), arguments)
     state = torch.load(arguments.checkpoint, weights_only=True)
+    tokenizer = Tokenizer.from_str(state["tokenizer"])
     model.load_state_dict({k: w.bfloat16().float() for k, w in state["model"].items()})
     model.eval()
     export(model, tokenizer, arguments.out)
