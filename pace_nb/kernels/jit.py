@@ -9,7 +9,7 @@ Import this module before numba: numba reads its thread count once, when it is f
 Decisions, each with its reason:
 - No fastmath. Lanes say `fma` where they want one, so every result is the one the source spells
   out, the same in every kernel that shares a device function; `nnan`/`ninf` would also fold `isnan`
-  away (docs/adr/0010).
+  away (docs/adr/0011).
 - `error_model="numpy"`: a division never raises, so no kernel has an exception path.
 - `nogil`: the kernel thread must not stop Python threads.
 - Cache: numba's own index has cross-process races (numba#4807: two signatures may share a data
