@@ -13,7 +13,7 @@ from typing import Literal
 
 from pace_nb.errors import ConfigError
 
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("auto", "bfloat16", "float32")
 KV_CACHE_KINDS = ("contiguous",)
 KERNELS = ("numba", "reference")
 
@@ -51,7 +51,7 @@ class EngineConfig:
     model: str | Path | None = None
     tokenizer: str | Path | None = None
     revision: str | None = None
-    dtype: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
@@ -63,8 +63,6 @@ class EngineConfig:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype == "auto":
-            object.__setattr__(self, "dtype", "bfloat16")  # past `frozen`, before anyone looks
         _expect_choice("dtype", self.dtype, DTYPES)
         _expect_choice("kv_cache", self.kv_cache, KV_CACHE_KINDS)
         _expect_choice("kernels", self.kernels, KERNELS)
@@ -90,6 +88,11 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}): each running request decodes a token per step"
             )
+
+    @property
+    def storage_dtype(self) -> Literal["bfloat16", "float32"]:
+        """`dtype`, decided."""
+        return "bfloat16" if self.dtype == "auto" else self.dtype
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pace_nb.errors import ConfigError
 def test_defaults_are_valid_and_frozen():
     config = EngineConfig()
 
-    assert (config.dtype, config.kernels, config.kv_cache) == ("bfloat16", "numba", "contiguous")
+    assert (config.dtype, config.kernels, config.kv_cache) == ("auto", "numba", "contiguous")
     assert config.enable_chunked_prefill
     assert config.max_num_batched_tokens >= config.max_num_seqs
     with pytest.raises(FrozenInstanceError):
@@ -21,7 +21,9 @@ def test_defaults_are_valid_and_frozen():
 
 
 def test_auto_dtype_is_bfloat16():
-    assert EngineConfig(dtype="auto") == EngineConfig(dtype="bfloat16")
+    assert EngineConfig(dtype="auto").storage_dtype == "bfloat16"
+    assert EngineConfig(dtype="bfloat16").storage_dtype == "bfloat16"
+    assert EngineConfig(dtype="float32").storage_dtype == "float32"
 
 
 @pytest.mark.parametrize(
