@@ -2,6 +2,8 @@
 
     activation        y = act(x)
     gated_activation  y = act(gate) * up, where gate and up are the halves of each row
+    clamped_swiglu    y = g sigmoid(alpha g) (u + 1),
+                      g = min(gate, limit), u = min(max(up, -limit), limit)
 
     silu(x) = x / (1 + exp(-x))                     gelu(x) = x P(Z <= x), Z standard normal (erf)
     relu(x) = max(x, 0)                             gelu_tanh(x) = x / (1 + exp(-2 u)),
@@ -19,6 +21,7 @@ Does: about 25 operations per element for silu and gelu_tanh, 50 for gelu, 1 for
 Error: f32. silu and gelu 4 and 9 ULP; gelu_tanh, written as a sigmoid because 1 + tanh(u) cancels,
     4 + 2 |2 u| ULP (its exponent has an error that large); the product with up adds half an ULP,
     BF16 output another half of its own. Without fma gelu has x^2 / 2 ULP more, gelu_tanh |2 u|.
+    clamped_swiglu 6 + 2 |alpha g| ULP (alpha and its product with g are rounded).
 Cautions: as the formulas do, -infinity gives NaN (but relu 0), NaN stays NaN (relu too). Results
     below 1e-38 may be 0. `out` may be `x` itself when both are f32 and contiguous.
 Source: Elfwing et al. 2017 (SiLU), Hendrycks and Gimpel 2016 (GELU and its tanh form), Shazeer 2020
@@ -42,6 +45,7 @@ from pace_nb.kernels.lanes import (
     load,
     load_tail,
     maximum,
+    minimum,
     splat,
     store,
     store_tail,
@@ -68,6 +72,14 @@ def gated_activation_ref(gate_up: Array, kind: str) -> Array:
     gate, up = np.split(widen(gate_up), 2, axis=-1)
     with np.errstate(invalid="ignore", over="ignore"):
         return activation_ref(gate, kind) * up
+
+
+def clamped_swiglu_ref(gate_up: Array, alpha: float, limit: float) -> Array:
+    """g sigmoid(alpha g) (u + 1) of the rows [gate, up], clamped to g and u, float64."""
+    gate, up = np.split(widen(gate_up), 2, axis=-1)
+    g, u = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return g / (1.0 + exp_ref(-alpha * g)) * (u + 1.0)
 
 
 # ---- constants -----------------------------------------------------------------------------------
@@ -120,6 +132,20 @@ def _gated_row(x, gate0, up0, kind, out, y0, n):
             store_tail(out, y0 + i, y, n - i)
 
 
+@jit.device_fn
+def _swiglu_row(x, gate0, up0, alpha, limit, out, y0, n):
+    """out[y0 : y0 + n] = clamped_swiglu of x[gate0 : gate0 + n] and x[up0 : up0 + n]."""
+    top, one = splat(limit), splat(1.0)
+    for i in range(0, n, 16):  # a NaN in the second operand of a minimum or maximum stays
+        g = minimum(top, _load_up_to(x, gate0 + i, n - i))
+        u = minimum(top, maximum(-top, _load_up_to(x, up0 + i, n - i)))
+        y = g / (one + exp(-(splat(alpha) * g))) * (u + one)
+        if n - i >= 16:
+            store(out, y0 + i, y)
+        else:
+            store_tail(out, y0 + i, y, n - i)
+
+
 # ---- kernels: a stretch of at most COLUMNS columns of one row per task ---------------------------
 @jit.kernel
 def _activation_kernel(x, stride, kind, out, rows, f):
@@ -138,18 +164,36 @@ def _gated_activation_kernel(x, stride, kind, out, rows, f):
         _gated_row(x, gate0, gate0 + f, kind, out, t * f + c, min(COLUMNS, f - c))
 
 
+@jit.kernel
+def _clamped_swiglu_kernel(x, stride, alpha, limit, out, rows, f):
+    per_row = (f + COLUMNS - 1) // COLUMNS
+    for task in prange(rows * per_row):
+        t, c = task // per_row, task % per_row * COLUMNS
+        gate0, n = t * stride + c, min(COLUMNS, f - c)
+        _swiglu_row(x, gate0, gate0 + f, alpha, limit, out, t * f + c, n)
+
+
 # ---- public wrappers -----------------------------------------------------------------------------
-def _checked(
-    kernel: str, kind: str, shape: tuple[int, ...], out: Array | None, dtype: DTypeLike
-) -> Array:
-    """Check what both wrappers share; return `out`, allocated where it was None."""
-    if kind not in KINDS:
-        raise ValueError(f"{kernel}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+def _checked(kernel: str, shape: tuple[int, ...], out: Array | None, dtype: DTypeLike) -> Array:
+    """`out`, allocated where it is None and checked where it is given."""
     if out is None:
         out = np.empty(shape, dtype)
     require(kernel, "out", out, shape, STORAGE)
     writable(kernel, "out", out)
     return out
+
+
+def _check_kind(kernel: str, kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"{kernel}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+
+
+def _halves(kernel: str, gate_up: Array) -> tuple[int, int]:
+    """(T, F) of gate_up [T, 2F]."""
+    require(kernel, "gate_up", gate_up, ("T", "2F"))
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"{kernel}: gate_up has shape {gate_up.shape}, expected an even last axis")
+    return len(gate_up), gate_up.shape[1] // 2
 
 
 def activation(
@@ -161,7 +205,8 @@ def activation(
     `dtype` if None. Returns out. TypeError or ValueError names the argument that does not fit.
     """
     require("activation", "x", x, ("T", "F"))
-    out = _checked("activation", kind, x.shape, out, dtype)
+    _check_kind("activation", kind)
+    out = _checked("activation", x.shape, out, dtype)
     if jit.use_reference():
         out[...] = narrow(activation_ref(x, kind), out.dtype)
     else:
@@ -173,15 +218,39 @@ def gated_activation(
     gate_up: Array, kind: str, out: Array | None = None, dtype: DTypeLike = np.float32
 ) -> Array:
     """act(gate) * up; gate_up [T, 2F] f32, gate first; otherwise as `activation`. Returns out."""
-    require("gated_activation", "gate_up", gate_up, ("T", "2F"))
-    if gate_up.shape[1] % 2:
-        raise ValueError(
-            f"gated_activation: gate_up has shape {gate_up.shape}, expected an even last axis"
-        )
-    shape = len(gate_up), gate_up.shape[1] // 2
-    out = _checked("gated_activation", kind, shape, out, dtype)
+    shape = _halves("gated_activation", gate_up)
+    _check_kind("gated_activation", kind)
+    out = _checked("gated_activation", shape, out, dtype)
     if jit.use_reference():
         out[...] = narrow(gated_activation_ref(gate_up, kind), out.dtype)
     else:
         _gated_activation_kernel(*flat_rows(gate_up), KINDS[kind], out.reshape(-1), *shape)
+    return out
+
+
+def clamped_swiglu(
+    gate_up: Array,
+    alpha: float,
+    limit: float,
+    out: Array | None = None,
+    dtype: DTypeLike = np.float32,
+) -> Array:
+    """The gated unit of GPT-OSS; gate_up [T, 2F] f32, gate first; limit > 0. Returns out.
+
+    out [T, F] f32 or BF16, allocated as `dtype` if None. TypeError or ValueError names the argument
+    that does not fit.
+    """
+    shape = _halves("clamped_swiglu", gate_up)
+    if not (np.isfinite(alpha) and 0 < limit < np.inf):
+        raise ValueError(
+            f"clamped_swiglu: alpha is {alpha} and limit is {limit}, expected finite numbers, "
+            "limit above 0"
+        )
+    out = _checked("clamped_swiglu", shape, out, dtype)
+    if jit.use_reference():
+        out[...] = narrow(clamped_swiglu_ref(gate_up, alpha, limit), out.dtype)
+    else:
+        _clamped_swiglu_kernel(
+            *flat_rows(gate_up), float(alpha), float(limit), out.reshape(-1), *shape
+        )
     return out

@@ -15,6 +15,8 @@ from pace_nb.kernels.activation import (
     KINDS,
     activation,
     activation_ref,
+    clamped_swiglu,
+    clamped_swiglu_ref,
     gated_activation,
     gated_activation_ref,
 )
@@ -78,6 +80,85 @@ def test_the_whole_range(kind: str) -> None:
     x = np.concatenate((x, -x))[None]
     ref = activation_ref(x, kind)
     assert np.all(np.abs(activation(x, kind) - ref) <= bound(x, ref, kind))
+
+
+@pytest.mark.parametrize(("alpha", "limit"), [(1.702, 7.0), (0.5, 1.25)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_clamped_swiglu_matches_reference(
+    shape: tuple[int, int], alpha: float, limit: float
+) -> None:
+    t, f = shape
+    gate_up = np.concatenate((sample(shape, 6.0), sample((t, f + 1), 6.0)[:, 1:]), axis=1)
+    ref = clamped_swiglu_ref(gate_up, alpha, limit)
+    ulps = 6.0 + 2.0 * alpha * np.abs(np.minimum(widen(gate_up[:, :f]), limit))
+    error = ulps * np.spacing(np.abs(ref).astype(F32)) + 1e-37
+    assert np.all(np.abs(clamped_swiglu(gate_up, alpha, limit) - ref) <= error)
+    y = clamped_swiglu(gate_up, alpha, limit, dtype=BF16)
+    assert np.all(np.abs(widen(y) - ref) <= error + 2.0**-8 * np.abs(ref))
+    with jit.using("reference"):
+        again = clamped_swiglu(gate_up, alpha, limit, dtype=BF16)
+    np.testing.assert_array_equal(again, narrow(ref, BF16))
+
+
+def test_clamped_swiglu_clamps_one_side_of_the_gate_and_both_of_up() -> None:
+    gate = np.float32([7.0, 9.0, -9.0, 1.0, 1.0, 1.0, 1.0, 0.0])
+    up = np.float32([1.0, 1.0, 1.0, 7.0, 9.0, -7.0, -9.0, 5.0])
+
+    def unit(g: float, u: float) -> float:
+        return g * (0.5 + 0.5 * math.tanh(1.702 * g / 2)) * (u + 1)
+
+    expected = [
+        unit(*pair) for pair in [(7, 1), (7, 1), (-9, 1), (1, 7), (1, 7), (1, -7), (1, -7), (0, 5)]
+    ]
+    gate_up = np.concatenate((gate, up))[None]
+    np.testing.assert_allclose(clamped_swiglu_ref(gate_up, 1.702, 7.0)[0], expected, rtol=1e-9)
+    y = clamped_swiglu(gate_up, 1.702, 7.0)[0]
+    np.testing.assert_allclose(y, expected, rtol=2e-6)
+    assert y[0] == y[1] and y[3] == y[4] and y[5] == y[6]
+
+
+@pytest.mark.parametrize("column", [0, 15, 16, 39])
+def test_clamped_swiglu_keeps_a_nan_in_its_element(column: int) -> None:
+    gate_up = sample((3, 80))
+    clean = clamped_swiglu(gate_up, 1.702, 7.0)
+    for at in (column, 40 + column):  # a clamp must not hide it
+        bad = gate_up.copy()
+        bad[1, at] = np.nan
+        y = clamped_swiglu(bad, 1.702, 7.0)
+        changed = np.argwhere(y.view(np.uint32) != clean.view(np.uint32))
+        np.testing.assert_array_equal(changed, [[1, column]])
+        assert np.isnan(y[1, column]) and np.isnan(clamped_swiglu_ref(bad, 1.702, 7.0)[1, column])
+    with np.errstate(invalid="ignore"):
+        infinite = np.float32([[math.inf, -math.inf, 1.0, -1.0, 0.0, math.inf]])
+        y, ref = clamped_swiglu(infinite, 1.702, 7.0), clamped_swiglu_ref(infinite, 1.702, 7.0)
+    np.testing.assert_allclose(y, ref, rtol=1e-6)
+
+
+def test_clamped_swiglu_of_an_element_does_not_depend_on_the_others() -> None:
+    f = 2 * COLUMNS + 32
+    gate_up = sample((3, 2 * f))
+    whole = clamped_swiglu(gate_up, 1.702, 7.0)
+    part = gate_up[1:2, [7, f - 1, f + 7, 2 * f - 1]]
+    np.testing.assert_array_equal(clamped_swiglu(part, 1.702, 7.0), whole[1:2, [7, f - 1]])
+    wide = np.zeros((3, 2 * f + 5), F32)
+    wide[:, 2:-3] = gate_up
+    np.testing.assert_array_equal(clamped_swiglu(wide[:, 2:-3], 1.702, 7.0), whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gate_up": np.zeros((2, 8))}, "gate_up has dtype float64, expected float32"),
+        ({"gate_up": np.zeros((2, 7), F32)}, r"gate_up has shape \(2, 7\), expected an even"),
+        ({"limit": 0.0}, r"alpha is 1\.702 and limit is 0\.0, expected finite numbers"),
+        ({"alpha": math.nan}, "alpha is nan"),
+        ({"out": np.zeros((2, 8), F32)}, r"out has shape \(2, 8\), expected \(2, 4\)"),
+    ],
+)
+def test_bad_input_of_clamped_swiglu(change: dict[str, Any], message: str) -> None:
+    arguments = {"gate_up": np.zeros((2, 8), F32), "alpha": 1.702, "limit": 7.0} | change
+    with pytest.raises((TypeError, ValueError), match=f"^clamped_swiglu: {message}"):
+        clamped_swiglu(**arguments)
 
 
 def test_references_are_the_textbook_formulas() -> None:
