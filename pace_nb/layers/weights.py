@@ -27,6 +27,7 @@ from pace_nb.kernels import bf16
 
 StorageDtype = Literal["bfloat16", "float32"]
 Float32Array = NDArray[np.float32]
+FLOATS = ("BF16", "F16", "F32")
 _BLOCK = 1 << 20  # elements that are converted at a time: 4 MB of float32
 
 
@@ -39,8 +40,11 @@ class TensorSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it."""
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        """A view: uint16 for BF16, float16, float32. ModelFormatError unless it has this shape."""
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtypes: Collection[str] = FLOATS
+    ) -> NDArray[Any]:
+        """A view: uint16 for BF16, float16, float32, uint8 for "U8". ModelFormatError unless it has
+        this shape and one of these dtypes."""
 
     def release(self, name: str) -> None:
         """The tensor was read for the last time: its pages may go."""
@@ -90,6 +94,10 @@ class Weights:
         values = np.array(_to_f32(self._source.tensor(name, shape)), np.float32)
         self._source.release(name)
         return values
+
+    def codes(self, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """A view of a quantized tensor's bytes, as the checkpoint holds them."""
+        return self._source.tensor(name, shape, ("U8",))
 
     def release(self, name: str) -> None:
         """The tensor has been packed: its pages may go."""

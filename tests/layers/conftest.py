@@ -24,8 +24,9 @@ class MemorySource:
     def shape(self, name):
         return self.tensors[name].shape
 
-    def tensor(self, name, shape):
+    def tensor(self, name, shape, dtypes=("BF16", "F16", "F32")):
         assert self.tensors[name].shape == tuple(shape), name
+        assert (self.tensors[name].dtype == np.uint8) == (tuple(dtypes) == ("U8",)), name
         return self.tensors[name]
 
     def release(self, name):
@@ -34,13 +35,13 @@ class MemorySource:
 
 @pytest.fixture
 def load():
-    """load(layer, dtype, **tensors): give the layer its weights under the name "layer"."""
+    """load(layer, dtype, tensors): give the layer, whose name is "layer", its tensors."""
 
-    def load(layer, dtype, tensors):
-        source = MemorySource({f"layer.{name}": array for name, array in tensors.items()})
+    def load(layer, dtype, tensors, name="layer"):
+        source = MemorySource({f"layer.{part}": array for part, array in tensors.items()})
         weights = Weights(source, dtype)
-        layer.check(weights, "layer")
-        layer.load(weights, "layer")
+        layer.check(weights, name)
+        layer.load(weights, name)
         return source
 
     return load

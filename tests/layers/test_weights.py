@@ -8,7 +8,7 @@ import pytest
 
 from pace_nb.errors import ModelFormatError
 from pace_nb.layers import weights as weights_module
-from pace_nb.layers.weights import Weights
+from pace_nb.layers.weights import FLOATS, Weights
 
 
 class Source:
@@ -24,8 +24,9 @@ class Source:
     def shape(self, name):
         return self._tensors[name].shape
 
-    def tensor(self, name, shape):
+    def tensor(self, name, shape, dtypes=FLOATS):
         assert self._tensors[name].shape == shape
+        assert (self._tensors[name].dtype == np.uint8) == (dtypes == ("U8",))
         return self._tensors[name]
 
     def release(self, name):
@@ -92,3 +93,10 @@ def test_check_names_the_tensor_and_both_shapes():
         weights.check("w", (2, 4))
     with pytest.raises(ModelFormatError, match=r"tensor v is missing .* \[2, 4\]"):
         weights.check("v", (2, 4))
+
+
+def test_codes_of_a_quantized_tensor_are_asked_for_as_bytes():
+    """Whatever the storage dtype: what they mean is known to who asks."""
+    blocks = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    for dtype in ("bfloat16", "float32"):
+        assert Weights(Source(w=blocks), dtype).codes("w", (2, 3)) is blocks

@@ -32,8 +32,9 @@ class MemoryCheckpoint:
     def shape(self, name):
         return self.tensors[name].shape
 
-    def tensor(self, name, shape):
+    def tensor(self, name, shape, dtypes=("BF16", "F16", "F32")):
         assert self.tensors[name].shape == tuple(shape), name
+        assert (self.tensors[name].dtype == np.uint8) == (tuple(dtypes) == ("U8",)), name
         return self.tensors[name]
 
     def release(self, name):
