@@ -293,15 +293,12 @@ class LLM:
         return Submission(request_id, read.text, completions)
 
     def _bad_words_token_ids(self, words: Iterable[str]) -> list[list[int]]:
-        """Each word as it is spelled at the start of a text and after a space, as vLLM does."""
-        spelled: list[list[int]] = []
-        for word in words:
-            tokenizer = self.get_tokenizer()
-            plain = tokenizer.encode(word.lstrip(), add_special_tokens=False)
-            spaced = tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
-            spelled.append(plain)
-            if len(spaced) == len(plain) and spaced[0] != plain[0]:
-                spelled.append(spaced)
+        """Each word as it is spelled at the beginning of a text, and after a space."""
+        spelled = [
+            self.get_tokenizer().encode(space + word.lstrip(), add_special_tokens=False)
+            for word in words
+            for space in ("", " ")
+        ]
         return [token_ids for token_ids in spelled if token_ids]
 
     # ---- from requests to outputs ----
@@ -327,11 +324,14 @@ class LLM:
 
     def _stream(self, submission: Submission) -> Generator[RequestOutput, None, None]:
         with self._serving([submission]):
-            while not submission.finished:
-                self._step()
+            while True:  # other calls step the engine, too, so there may be news before any step
                 news = submission.news()
                 if news is not None:
                     yield news
+                elif submission.finished:
+                    return
+                else:
+                    self._step()
 
     @contextmanager
     def _serving(self, submissions: Sequence[Submission]) -> Iterator[None]:
