@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pace_nb.errors import ModelFormatError
@@ -95,7 +96,17 @@ class ConfigJson:
         value = self._value(field, {}, "an object")
         if type(value) is not dict:
             raise self._wrong(field, value, "an object")
-        return ConfigJson(value, name=f"{self._name}: {field}")
+        return ConfigJson(value, self._tensor_names, name=f"{self._name}: {field}")
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> ConfigJson:
+        """The same object with values for fields that are absent or null: some families publish
+        only what differs from the defaults of their configuration class."""
+        missing = {f: value for f, value in defaults.items() if not self.has(f)}
+        return ConfigJson({**self._values, **missing}, self._tensor_names, name=self._name)
+
+    def has_tensor(self, name: str) -> bool:
+        """True where the checkpoint has a tensor of this name."""
+        return name in self._tensor_names
 
     def is_empty(self) -> bool:
         """True where the object has no fields."""
@@ -149,17 +160,29 @@ class ConfigJson:
             raise self._wrong("sliding_window", None, "a window, for layer_types has sliding ones")
         return tuple((window or 0) if slides else 0 for slides in sliding)
 
-    def rope_parameters(self, head_dim: int, *, default_theta: float = 10000.0) -> RopeParameters:
+    def rope_parameters(
+        self,
+        head_dim: int,
+        *,
+        default_theta: float = 10000.0,
+        layer_type: str | None = None,
+        aliases: Mapping[str, str] = MappingProxyType({}),
+    ) -> RopeParameters:
         """Rotary settings from either spelling.
 
         Older: `rope_scaling` (may be null) beside `rope_theta` and `partial_rotary_factor`. Newer:
-        all of it in `rope_parameters`. `rope_scaling` wins where both are there, and `type` is an
-        old name of `rope_type` (transformers 5.19, RotaryEmbeddingConfigMixin).
+        all of it in `rope_parameters`, in families whose layers differ once more per `layer_type`.
+        `rope_scaling` wins where both are there, and `type` is an old name of `rope_type`
+        (transformers 5.19, RotaryEmbeddingConfigMixin). `aliases`: a family's own old names of
+        types.
         """
         rope = self.section("rope_scaling")
         if rope.is_empty():
             rope = self.section("rope_parameters")
+            if layer_type is not None and rope.has(layer_type):
+                rope = rope.section(layer_type)
         rope_type = rope.text("rope_type" if rope.has("rope_type") else "type", "default")
+        rope_type = aliases.get(rope_type, rope_type)
         # Phi-3 keeps the pretrained length outside the nested object, and there it counts first.
         original = self if self.has("original_max_position_embeddings") else rope
         partial = (rope if rope.has("partial_rotary_factor") else self).number(

@@ -112,9 +112,13 @@ def load_model(checkpoint: CheckpointSource, dtype: StorageDtype = "bfloat16") -
 def _refuse_unknown(model: Any, checkpoint: CheckpointSource) -> None:
     """ModelFormatError for a tensor that nothing would read: a bias left out is a wrong model."""
     known = {name for name, _ in model.tensors("")}
-    ignored = model.ignored_weights
+    # A pattern with a dot at its end is a beginning (`vision_tower.`), any other an ending.
+    beginnings = tuple(part for part in model.ignored_weights if part.endswith("."))
+    endings = tuple(part for part in model.ignored_weights if not part.endswith("."))
     unknown = sorted(
-        name for name in checkpoint.names() if name not in known and not name.endswith(ignored)
+        name
+        for name in checkpoint.names()
+        if name not in known and not name.startswith(beginnings) and not name.endswith(endings)
     )
     if unknown:
         raise ModelFormatError(

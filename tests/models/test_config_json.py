@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from pace_nb.errors import ModelFormatError
+from pace_nb.errors import ModelFormatError, UnsupportedModelError
 from pace_nb.layers.rope import RopeParameters
 from pace_nb.models.config_json import ConfigJson
 
@@ -52,6 +52,22 @@ def test_other_types():
     assert good.numbers("list") == (1.0, 2.5) and good.numbers("absent") == ()
     with pytest.raises(ModelFormatError, match=r"config\.json: object: x is 0, expected"):
         good.section("object").integer("x")
+
+
+def test_defaults_fill_what_is_absent_or_null():
+    config = ConfigJson({"heads": 8, "kv": None, "other": None}, ["a.weight"])
+    filled = config.with_defaults({"heads": 1, "kv": 2, "head_dim": 256})
+    assert [filled.integer(field) for field in ("heads", "kv", "head_dim")] == [8, 2, 256]
+    assert not filled.has("other") and not config.has("head_dim")
+    assert filled.has_tensor("a.weight") and not filled.has_tensor("b.weight")
+
+
+def test_a_nested_config_knows_the_checkpoints_tensors():
+    """They bound its layers, as they do at the top (`text_config`)."""
+    config = ConfigJson({"text_config": {"num_hidden_layers": 3}}, ["a", "b", "c"])
+    assert config.section("text_config").num_hidden_layers() == 3
+    with pytest.raises(ModelFormatError, match="num_hidden_layers is 3"):
+        ConfigJson({"num_hidden_layers": 3}, ["a", "b"]).num_hidden_layers()
 
 
 def test_a_long_value_is_cut_to_one_short_line():
@@ -148,6 +164,27 @@ def test_the_pretrained_length_beside_rope_scaling_counts_first():
     rope = ConfigJson(fields).rope_parameters(4)
     assert rope.original_length == 64 and rope.stretch == 32.0
     assert rope.long_factor == (1.0, 47.77)
+
+
+def test_rope_parameters_of_one_layer_type():
+    nested = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = ConfigJson({"max_position_embeddings": 64, "rope_parameters": nested})
+    read = [config.rope_parameters(8, layer_type=name) for name in nested]
+    assert read == [
+        RopeParameters(8, 64, 1e6, rope_type="linear", factor=8.0),
+        RopeParameters(8, 64, 1e4),
+    ]
+
+
+def test_a_familys_old_name_of_a_rope_type():
+    fields = {"max_position_embeddings": 64, "rope_scaling": {"type": "su", "factor": 2.0}}
+    rope = ConfigJson(fields).rope_parameters(8, aliases={"su": "linear"})
+    assert rope.rope_type == "linear"
+    with pytest.raises(UnsupportedModelError, match="'su' is not supported"):
+        ConfigJson(fields).rope_parameters(8)
 
 
 def test_yarn_fields_are_read():

@@ -65,6 +65,19 @@ def test_auto_map_is_ignored(tmp_path, monkeypatch, memory_checkpoint):
     assert "modeling_evil" not in sys.modules
 
 
+def test_ignored_tensors_are_named_by_beginning_or_ending(memory_checkpoint, monkeypatch):
+    """`vision_tower.` is a beginning, for it has a dot at its end; both are tied to their place."""
+    names = ["lm_head.weight", "model.norm.weight"]
+    model = build_model(LLAMA, names)
+    monkeypatch.setattr(type(model), "ignored_weights", ("vision_tower.", ".inv_freq"))
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in model.tensors("")}
+    ignored = {"vision_tower.a.weight": np.zeros(1), "model.layers.0.inv_freq": np.zeros(1)}
+    load_model(memory_checkpoint(LLAMA, tensors | ignored), "float32")
+    for name in ("model.vision_tower.weight", "model.inv_freq.weight"):
+        with pytest.raises(ModelFormatError, match=f"tensor {name} has no place"):
+            load_model(memory_checkpoint(LLAMA, tensors | {name: np.zeros(1)}))
+
+
 def test_nothing_is_read_before_every_shape_has_been_compared(memory_checkpoint):
     """The last tensor is wrong: no other may have been touched."""
 
