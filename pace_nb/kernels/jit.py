@@ -85,7 +85,7 @@ if "numba" not in sys.modules:
 import llvmlite  # noqa: E402
 import numba  # noqa: E402
 import numpy as np  # noqa: E402
-from numba.core.caching import FunctionCache, IndexDataCacheFile  # noqa: E402
+from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache  # noqa: E402
 
 numba_config: Any = numba.config  # numba's settings are set at run time, unknown to mypy
 INTERPRETED: bool = bool(
@@ -304,6 +304,26 @@ class _KernelCache(FunctionCache):
 
 _save_warned = False
 
+
+class _MemoryOnly(NullCache):
+    """No cache; says what is compiled, as `_KernelCache` does."""
+
+    def __init__(self, py_func: Callable[..., Any]) -> None:
+        self._kernel = py_func.__name__
+
+    def load_overload(self, sig: object, target_context: Any) -> None:
+        _announce_compile(self._kernel)
+
+
+def _hashed(func: Callable[..., Any]) -> bool:
+    """Is the function's source part of the cache key?
+
+    Numba looks at its bytecode only: a constant or a callee that was edited in another folder (a
+    notebook, a test) would bring back old machine code.
+    """
+    return Path(func.__code__.co_filename).resolve().parent == Path(__file__).resolve().parent
+
+
 # ---- the bar that names kernels while they compile -----------------------------------------------
 _bar: tqdm[Any] | None = None
 _bar_wanted = False
@@ -346,13 +366,18 @@ _FLAGS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}  # reasons: the
 
 
 def kernel(func: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled entry point with one `prange` loop, called by a wrapper that checks all."""
+    """A compiled entry point with one `prange` loop, called by a wrapper that checks all.
+
+    Kernels of this folder are cached on disk; those written elsewhere are compiled in each process.
+    """
     if INTERPRETED:
         return np.errstate(all="ignore")(func)  # NaN and infinity are data here too
     compiled: Any = numba.njit(**_FLAGS, parallel=True)(func)
-    if _cache_dir is not None:
+    if _cache_dir is not None and _hashed(func):
         with _numba_cache_in(_cache_dir):
             compiled._cache = _KernelCache(func)
+    else:
+        compiled._cache = _MemoryOnly(func)
     return cast(Callable[..., Any], compiled)
 
 
