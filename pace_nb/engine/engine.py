@@ -117,10 +117,11 @@ class Engine:
 
     def check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
         """InvalidRequestError for the first that is no int in the vocabulary."""
+        vocab_size = self.vocab_size
         for token_id in token_ids:
-            if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
                 raise InvalidRequestError(
-                    f"{name} is {token_id!r}, expected an integer from 0 to {self.vocab_size - 1}"
+                    f"{name} is {token_id!r}, expected an integer from 0 to {vocab_size - 1}"
                 )
 
     def abort(self, request_id: str) -> None:

@@ -88,7 +88,8 @@ class ModelRunner:
     def forward(self, token_ids: Sequence[int]) -> Float32Array:
         """Logits f32[T, V] of all tokens of one sequence; its room is given back.
 
-        Raises OutOfMemoryError, with the numbers, when the cache has no room beside what runs.
+        Raises OutOfMemoryError, with the numbers, when the cache has no room beside what runs or
+        there is no memory for so many logits.
         """
         if not self.cache.allocate(FORWARD_ID, len(token_ids)):
             raise OutOfMemoryError(
@@ -96,7 +97,7 @@ class ModelRunner:
                 f"{self.cache.num_free_tokens} of {self.cache.num_total_tokens}"
             )
         try:
-            out = np.empty((len(token_ids), self.vocab_size), np.float32)
+            out = self._empty_logits(len(token_ids))
             for start in range(0, len(token_ids), self._max_num_batched_tokens):
                 chunk = token_ids[start : start + self._max_num_batched_tokens]
                 batch = Batch.from_spans([(FORWARD_ID, start, chunk, len(chunk))])
@@ -105,6 +106,14 @@ class ModelRunner:
             return out
         finally:
             self.cache.free(FORWARD_ID)
+
+    def _empty_logits(self, num_rows: int) -> Float32Array:
+        try:
+            return np.empty((num_rows, self.vocab_size), np.float32)
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                f"no memory for logits of {num_rows} tokens x {self.vocab_size}"
+            ) from error
 
     def _hidden(self, batch: Batch) -> Float32Array:
         """f32[T, E]."""

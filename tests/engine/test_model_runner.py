@@ -101,6 +101,14 @@ def test_forward_without_room(make):
         runner.forward([1] * 17)
 
 
+def test_forward_without_memory_for_the_logits(make):
+    runner, model = make()
+    model.vocab_size = 2**50
+    with pytest.raises(OutOfMemoryError, match=f"no memory for logits of 2 tokens x {2**50}"):
+        runner.forward([1, 2])
+    assert runner.cache.num_free_tokens == 64
+
+
 def test_threads_are_set_once(make, monkeypatch):
     asked = []
     monkeypatch.setattr(jit, "set_num_threads", asked.append)
