@@ -36,11 +36,12 @@ def from_f32(x: Array) -> NDArray[np.uint16]:
 
 def widen(x: Array) -> NDArray[np.float64]:
     """Storage (uint16 as BF16, or float32) to float64, exactly: what each `*_ref` computes with."""
-    return (to_f32(x) if x.dtype == np.uint16 else x).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        return (to_f32(x) if x.dtype == np.uint16 else x).astype(np.float64)
 
 
 def narrow(x: NDArray[np.float64], dtype: np.dtype[np.generic] | type[np.generic]) -> Array:
     """float64 to storage: float32, or from there to BF16 bits where `dtype` is uint16."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         single = x.astype(np.float32)
     return from_f32(single) if np.dtype(dtype) == np.uint16 else single

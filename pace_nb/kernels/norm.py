@@ -210,7 +210,7 @@ def _checked(
     if not (eps >= 0.0 and math.isfinite(eps)):
         raise ValueError(f"{kernel}: eps is {eps}, expected a finite number >= 0")
     if out is None:
-        return np.empty(x.shape, dtype)
+        out = np.empty(x.shape, dtype)
     require(kernel, "out", out, x.shape, STORAGE)
     writable(kernel, "out", out)
     return out

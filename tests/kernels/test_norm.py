@@ -200,6 +200,7 @@ def test_no_rows_is_fine() -> None:
         ({"weight": np.ones(7, np.float32)}, r"weight has shape \(7,\), expected \(8\)"),
         ({"out": np.zeros((3, 8), np.float32)}, r"out has shape \(3, 8\), expected \(2, 8\)"),
         ({"out": np.zeros((2, 16), np.float32)[:, ::2]}, "out is not a contiguous, writable array"),
+        ({"dtype": np.float64}, "out has dtype float64, expected uint16 or float32"),
         ({"eps": float("nan")}, "eps is nan"),
         (
             {"x": np.zeros((2, 0), np.float32), "weight": np.zeros(0, np.float32)},
