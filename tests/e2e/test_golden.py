@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pace_nb.models.loader import Checkpoint
 
+from pace_nb import LLM, SamplingParams
 from pace_nb.batch import Batch
 from pace_nb.config import CacheConfig
 from pace_nb.kernels import jit
 from pace_nb.kv_cache.base import BatchKV
 from pace_nb.kv_cache.contiguous import ContiguousCache
+from pace_nb.models.loader import Checkpoint
 from pace_nb.models.registry import ARCHITECTURES, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,3 +135,24 @@ def test_greedy_tokens(loaded, dtype):
         if dtype == "float32":
             np.testing.assert_allclose(logits, golden.arrays[f"greedy_logits_{length}"], atol=2e-3)
     assert compared >= 24  # the goldens' prompts were chosen for wide margins
+
+
+@pytest.mark.parametrize("directory", goldens())
+def test_the_front_door(directory, dtype, kernels):
+    """LLM.forward and greedy LLM.generate of all prompts at once, as a user would call them."""
+    golden = Golden(directory)
+    prompts = [golden.arrays[f"ids_{length}"].tolist() for length in golden.lengths]
+    with LLM(directory, dtype=dtype, kernels=kernels) as llm:
+        for length, ids in zip(golden.lengths, prompts, strict=True):
+            error = np.abs(llm.forward(ids) - golden.arrays[f"logits_{length}"]).max()
+            assert error <= golden.bound(length, dtype), length
+        params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+        outputs = llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False
+        )
+    for length, output in zip(golden.lengths, outputs, strict=True):
+        margin = golden.arrays[f"greedy_margin_{length}"]
+        unclear = np.flatnonzero(margin <= 2 * golden.bound(length, dtype))
+        clear = int(unclear[0]) if len(unclear) else len(margin)  # after that, texts may part
+        expected = golden.arrays[f"greedy_{length}"][:clear].tolist()
+        assert list(output.outputs[0].token_ids)[:clear] == expected
