@@ -27,6 +27,9 @@ from pace_nb.models.config_json import ConfigJson
 # architecture string of config.json -> module in this package; the class has the architecture's
 # name.
 ARCHITECTURES = {
+    "GptOssForCausalLM": "gpt_oss",
+    "Gemma3ForCausalLM": "gemma3",
+    "Gemma3ForConditionalGeneration": "gemma3",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
@@ -82,16 +85,24 @@ def architecture(config: Mapping[str, Any]) -> str:
 def build_model(config: Mapping[str, Any], tensor_names: Collection[str]) -> Any:
     """The model as shells, from config.json and the checkpoint's tensor names; reads no weight."""
     name = architecture(config)
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise UnsupportedModelError(
-            f"quantization_config (quant_method {str(method)[:40]!r}) is not supported,"
-            " supported: unquantized BF16, F16 and F32 weights"
-        )
     module = import_module(f"pace_nb.models.{ARCHITECTURES[name]}")
     model_class = getattr(module, name)
+    _refuse_quantization(config, getattr(model_class, "quantization_methods", ()))
     return model_class(model_class.config_class.from_json(ConfigJson(config, tensor_names)))
+
+
+def _refuse_quantization(config: Mapping[str, Any], methods: tuple[str, ...]) -> None:
+    """UnsupportedModelError for a quantized checkpoint, unless its family reads that method."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method not in methods:
+        raise UnsupportedModelError(
+            f"quantization_config (quant_method {str(method)[:40]!r}) is not supported here,"
+            f" supported: {''.join(f'{name}, ' for name in methods)}unquantized BF16, F16 and F32"
+            " weights"
+        )
 
 
 def load_model(checkpoint: CheckpointSource, dtype: StorageDtype = "bfloat16") -> Model:
