@@ -1,4 +1,4 @@
-"""What every test shares: a private JIT cache, no network, and where the repository is."""
+"""What all tests share: a JIT cache of the checkout's own, no network, the repository's path."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent
+
+# Kernels that a test run compiles are kept with the checkout: the next run loads them, and the
+# user's own cache is neither used nor cleaned up. Set here, before anything imports Numba.
+os.environ.setdefault("PACE_NB_CACHE_DIR", str(ROOT / ".pytest_cache" / "pace_nb"))
+
 # A test that reaches for the hub fails at once instead of waiting for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -14,4 +20,4 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Root of the checkout."""
-    return Path(__file__).resolve().parent.parent
+    return ROOT

@@ -12,10 +12,16 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from pace_nb.cli import options as shared
+from pace_nb.cli import stats
 from pace_nb.cli.text_output import TextOutput
+from pace_nb.cli.warmup import warm_up
 from pace_nb.errors import PaceError
+
+if TYPE_CHECKING:
+    from pace_nb.outputs import CompletionOutput
 
 DEFAULT_MAX_TOKENS = 512
 FENCE = '"""'
@@ -37,6 +43,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_model_arguments(parser)
     shared.add_engine_arguments(parser)
     shared.add_sampling_arguments(parser, DEFAULT_MAX_TOKENS)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Open the model and converse."""
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    with shared.open_llm(options) as llm:
+        params = shared.sampling_params(options, llm.get_default_sampling_params())
+        if options.stats:
+            sys.stderr.write(f"{warm_up(llm)}\n")
+
+        def answer(messages: Messages) -> Generator[str, None, None]:
+            watch = stats.Stopwatch()
+            news = llm.stream_chat(messages, params)
+            return told(stats.timed(news, watch), watch)
+
+        def told(
+            completions: Generator[CompletionOutput, None, None], watch: stats.Stopwatch
+        ) -> Generator[str, None, None]:
+            with closing(completions):
+                for completion in completions:
+                    yield completion.text
+            if options.stats:
+                sys.stderr.write(stats.report_of(llm, watch))
+
+        if interactive:
+            import readline  # noqa: F401  # gives input() its history and editing
+
+            sys.stderr.write(f"{llm.directory.name}; /help lists the commands\n")
+        return converse(
+            answer,
+            input if interactive else lambda _: input(),
+            TextOutput(),
+            interactive=interactive,
+            system_prompt=options.system_prompt,
+        )
 
 
 def read_message(read_line: Callable[[str], str]) -> str:

@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         debug = debug or env.debug()
+        env.num_threads()  # refused here; Numba would fail on a wrong number with a traceback
         with warnings.catch_warnings():
             if not debug:
                 warnings.showwarning = _show_warning

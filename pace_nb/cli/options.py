@@ -140,8 +140,14 @@ def resolve_model(options: argparse.Namespace) -> Path:
 
 def open_llm(options: argparse.Namespace) -> LLM:
     """The LLM that the model and engine options describe."""
+    from pace_nb.kernels import jit
     from pace_nb.llm import LLM
 
+    if options.threads is not None:
+        try:
+            jit.set_num_threads(options.threads)  # refused before a model is loaded for nothing
+        except ValueError as error:
+            raise ConfigError(f"--threads: {error}") from error
     return LLM(
         resolve_model(options),
         dtype=options.dtype,

@@ -1,4 +1,4 @@
-"""`Stopwatch` and `report`: what a generation took, and its share of what the memory allows.
+"""`timed` and `report`: what a generation took, and its share of what the memory allows.
 
 Each new token of a single request reads every weight once, so the rate at which they can be read
 bounds the decode rate:
@@ -13,29 +13,43 @@ bound counts weights only; reading the KV cache comes on top.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
+from typing import TYPE_CHECKING
+
+from pace_nb.errors import PaceError
+
+if TYPE_CHECKING:
+    from pace_nb.llm import LLM
+    from pace_nb.outputs import CompletionOutput, RequestOutput
+
 
 SMALLEST_BUFFER = 1 << 20  # below, the cost of starting the threads would be what is measured
-LARGEST_BUFFER = 1 << 29  # beyond any last-level cache here; more would only take longer
+LARGEST_BUFFER = 1 << 29  # beyond most last-level caches; more would only take longer
+READ_IN_ALL = 1 << 31  # bytes: of a small buffer many short readings, of which the best counts
 
 
 @dataclass
 class Stopwatch:
-    """Times of one generation, in seconds of `time.monotonic()`."""
+    """Times of one generation, in seconds of `time.monotonic()`, and what was counted."""
 
     started: float = field(default_factory=time.monotonic)
     first: float | None = None
     last: float | None = None
+    num_prompt_tokens: int = 0
     num_tokens: int = 0
+    num_compiled: int = 0  # kernels compiled while the clock ran
 
-    def tokens(self, num_tokens: int) -> None:
-        """So many tokens have come so far."""
-        self.last = time.monotonic()
-        if self.first is None:
-            self.first = self.last
-        self.num_tokens = num_tokens
+    def tokens(self, num_new: int) -> None:
+        """So many new tokens have just come."""
+        if num_new:
+            self.last = time.monotonic()
+            if self.first is None:
+                self.first = self.last
+            self.num_tokens += num_new
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -48,6 +62,27 @@ class Stopwatch:
         if self.first is None or self.last is None or self.num_tokens < 2:
             return None
         return (self.num_tokens - 1) / max(self.last - self.first, 1e-9)
+
+
+def timed(
+    news: Generator[RequestOutput, None, None], watch: Stopwatch
+) -> Generator[CompletionOutput, None, None]:
+    """The completions in `news`, while `watch` runs; PaceError where the request failed.
+
+    Closing it closes `news`, which ends the request.
+    """
+    from pace_nb.kernels import jit
+
+    compiled = jit.num_compiled()
+    with closing(news):
+        for output in news:
+            (completion,) = output.outputs
+            watch.tokens(len(completion.token_ids))
+            watch.num_prompt_tokens = len(output.prompt_token_ids)
+            watch.num_compiled = jit.num_compiled() - compiled
+            if completion.finish_reason == "error":
+                raise PaceError(f"the generation failed: {completion.stop_reason}")
+            yield completion
 
 
 def weight_bytes_per_token(tensors: Iterable[tuple[str, tuple[int, ...]]], itemsize: int) -> int:
@@ -66,6 +101,7 @@ def weight_bytes_per_token(tensors: Iterable[tuple[str, tuple[int, ...]]], items
     return total
 
 
+@lru_cache
 def read_rate(weight_bytes: int) -> float | None:
     """Bytes per second that the kernels' threads read, over a buffer of so many bytes.
 
@@ -78,34 +114,46 @@ def read_rate(weight_bytes: int) -> float | None:
     if jit.INTERPRETED:
         return None
     num_bytes = min(max(weight_bytes, SMALLEST_BUFFER), LARGEST_BUFFER)
-    return limits.dram_read_rate(np.ones(num_bytes // 4, np.float32))
+    repeats = max(5, READ_IN_ALL // num_bytes)
+    return limits.dram_read_rate(np.ones(num_bytes // 4, np.float32), repeats)
 
 
-def report(
-    watch: Stopwatch,
-    *,
-    num_prompt_tokens: int,
-    num_compiled: int,
-    weight_bytes: int,
-    read_rate: float | None,
-) -> str:
+def report_of(llm: LLM, watch: Stopwatch) -> str:
+    """`report` for a model, after measuring the read rate."""
+    from pace_nb.models.loader import Checkpoint
+
+    with Checkpoint.open(llm.directory) as checkpoint:
+        tensors = [(name, checkpoint.shape(name)) for name in checkpoint.names()]
+    itemsize = 2 if llm.config.storage_dtype == "bfloat16" else 4
+    weight_bytes = weight_bytes_per_token(tensors, itemsize)
+    return report(watch, weight_bytes, read_rate(weight_bytes))
+
+
+def report(watch: Stopwatch, weight_bytes: int, read_rate: float | None) -> str:
     """Lines for standard error. `read_rate` in bytes/s, None where it was not measured."""
+    return "".join(f"{name:<9} {text}\n" for name, text in _lines(watch, weight_bytes, read_rate))
+
+
+def _lines(
+    watch: Stopwatch, weight_bytes: int, read_rate: float | None
+) -> Iterator[tuple[str, str]]:
     ttft, rate = watch.time_to_first_token, watch.decode_rate
-    lines = [f"prompt    {num_prompt_tokens} tokens"]
+    yield "prompt", f"{watch.num_prompt_tokens} tokens"
     if ttft is None:
-        return "\n".join([*lines, "decode    no token was generated"])
-    compiled = f", {num_compiled} kernels compiled meanwhile" if num_compiled else ""
-    lines.append(f"first     {ttft * 1e3:.1f} ms to the first token{compiled}")
+        yield "decode", "no token was generated"
+        return
+    compiled = f", {watch.num_compiled} kernels compiled meanwhile" if watch.num_compiled else ""
+    yield "first", f"{ttft * 1e3:.1f} ms to the first token{compiled}"
     if rate is None:
-        return "\n".join([*lines, f"decode    {watch.num_tokens} token: too few for a rate"])
-    lines.append(f"decode    {rate:.1f} tokens/s over {watch.num_tokens} tokens")
+        yield "decode", f"{watch.num_tokens} token: too few for a rate"
+        return
+    yield "decode", f"{rate:.1f} tokens/s over {watch.num_tokens} tokens"
     if read_rate is None:
-        return "\n".join([*lines, "roofline  not measured: the kernels are interpreted"])
+        yield "roofline", "not measured: the kernels are interpreted"
+        return
     limit = read_rate / weight_bytes
-    return "\n".join(
-        [
-            *lines,
-            f"roofline  {rate / limit:.0%} of {limit:.1f} tokens/s, the rate at which this process "
-            f"can read the {weight_bytes / 1e6:.1f} MB of weights ({read_rate / 1e9:.1f} GB/s)",
-        ]
+    yield (
+        "roofline",
+        f"{rate / limit:.0%} of {limit:.1f} tokens/s, the rate at which this process can read the "
+        f"{weight_bytes / 1e6:.1f} MB of weights ({read_rate / 1e9:.1f} GB/s)",
     )

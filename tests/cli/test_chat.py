@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from pace_nb.cli import chat
+from pace_nb.cli.main import main
 from pace_nb.cli.text_output import TextOutput
 from pace_nb.errors import InvalidRequestError
+from pace_nb.models.hub import DEMO_MODEL
 
 
 class Person:
@@ -165,3 +171,44 @@ def test_an_error_is_told_and_the_message_forgotten(capsys):
     assert roles(model.seen[0]) == [("user", "short")]
     with pytest.raises(InvalidRequestError):
         converse("long", model=Full(), interactive=False)
+
+
+# ---- with the bundled model ----
+
+
+def test_a_script_is_answered_line_by_line():
+    """Nothing but answers on standard output; after /reset the same question has one answer."""
+    result = subprocess.run(
+        [sys.executable, *"-m pace_nb chat --kernels reference --temp 0 -n 24".split()],
+        input="What color is the sky?\n/reset\nWhat color is the sky?\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    first, second = result.stdout.splitlines()
+    assert first == second != ""
+    assert result.stderr == ""
+
+
+def test_stats_follow_each_answer(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello!\n"))
+    arguments = "chat --kernels reference --temp 0 -n 4 --stats".split()
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 1
+    names = [line.split()[0] for line in captured.err.splitlines()]
+    assert names == ["kernels", "prompt", "first", "decode", "roofline"]
+
+
+def test_a_model_without_a_chat_template_is_refused(capsys, monkeypatch, tmp_path):
+    for file in DEMO_MODEL.iterdir():
+        shutil.copy(file, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello!\n"))
+    assert main(["chat", "--kernels", "reference", "-m", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "chat template" in error and error.count("\n") == 1

@@ -7,8 +7,8 @@ import pytest
 from pace_nb.cli.stats import Stopwatch, report, weight_bytes_per_token
 
 
-def watch(started=10.0, first=10.5, last=12.5, num_tokens=5):
-    return Stopwatch(started, first, last, num_tokens)
+def watch(num_tokens=5, num_compiled=0):
+    return Stopwatch(10.0, 10.5, 12.5, 7, num_tokens, num_compiled)
 
 
 def test_the_decode_rate_counts_the_tokens_after_the_first():
@@ -27,8 +27,9 @@ def test_tokens_sets_the_first_time_once(monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: next(times))
     stopwatch = Stopwatch(started=1.0)
     stopwatch.tokens(1)
+    stopwatch.tokens(0)
     stopwatch.tokens(2)
-    assert (stopwatch.first, stopwatch.last, stopwatch.num_tokens) == (3.0, 4.0, 2)
+    assert (stopwatch.first, stopwatch.last, stopwatch.num_tokens) == (3.0, 4.0, 3)
 
 
 LAYER = [("layers.0.q_proj.weight", (8, 4)), ("layers.0.input_layernorm.weight", (4,))]
@@ -44,14 +45,8 @@ def test_weight_bytes_of_an_untied_head_count_one_row_of_the_embedding():
     assert weight_bytes_per_token(tensors, 2) == 4 * 4 + 2 * (100 * 4 + 8 * 4) + 4 * 4
 
 
-def show(stopwatch, read_rate=8e6, num_compiled=0):
-    return report(
-        stopwatch,
-        num_prompt_tokens=7,
-        num_compiled=num_compiled,
-        weight_bytes=1_000_000,
-        read_rate=read_rate,
-    )
+def show(stopwatch, read_rate=8e6):
+    return report(stopwatch, 1_000_000, read_rate)
 
 
 def test_the_share_is_the_rate_over_the_limit():
@@ -64,7 +59,7 @@ def test_the_share_is_the_rate_over_the_limit():
 
 
 def test_compilation_in_the_first_token_is_named():
-    assert "3 kernels compiled" in show(watch(), num_compiled=3)
+    assert "3 kernels compiled" in show(watch(num_compiled=3))
     assert "compiled" not in show(watch())
 
 
