@@ -11,8 +11,8 @@
 | pool.k       | [KVH, U, D / S, 16, S]  | f32, BF16| contiguous; S = 2 for BF16, 1 for f32        |
 | pool.v       | [KVH, U, 16 / S, Dp, S] | f32, BF16| contiguous; Dp = D rounded up to 16          |
 | block_table  | [B, X]                  | int64    | number of a block's first unit               |
-| cu_seqlens_q | [B + 1]                 | int32    | first row of each sequence, then T           |
-| context_lens | [B]                     | int32    | keys of each sequence, those written here too|
+| cu_seqlens_q | [B + 1]                 | int32, 64| first row of each sequence, then T           |
+| context_lens | [B]                     | int32, 64| keys of each sequence, those written here too|
 
 A dot product of a query with 16 keys reads words (S elements of one key) of 16 neighbouring slots,
 so K has the slot beside the pair of dims; a row of probabilities times V reads S neighbouring slots
@@ -50,6 +50,7 @@ from pace_nb.kernels.lanes import (
     store_words,
 )
 
+INTEGERS = (np.int32, np.int64)
 # Tokens in a unit: a vector of scores is 16 keys, and 8 pairs of values feed 8 dot products.
 UNIT = 16
 
@@ -211,8 +212,8 @@ def _checked(
     require(name, "k", k, ("T", heads, d), given)
     require(name, "v", v, k.shape, given)
     require(name, "block_table", block_table, ("B", "X"), (np.int64,))
-    require(name, "cu_seqlens_q", cu_seqlens_q, (len(block_table) + 1,), (np.int32,))
-    require(name, "context_lens", context_lens, (len(block_table),), (np.int32,))
+    require(name, "cu_seqlens_q", cu_seqlens_q, (len(block_table) + 1,), INTEGERS)
+    require(name, "context_lens", context_lens, (len(block_table),), INTEGERS)
     if units_per_block < 1:
         raise ValueError(f"{name}: units_per_block is {units_per_block}, expected at least 1")
     cu, ctx = cu_seqlens_q.astype(np.int64), context_lens.astype(np.int64)
@@ -258,9 +259,9 @@ def kv_write(
     """Write the keys and values of one step into the pool.
 
     k, v [T, KVH, D] f32 or the pool's dtype, any strides with a contiguous last axis; block_table
-    int64 [B, X]; units_per_block >= 1; cu_seqlens_q int32 [B + 1]; context_lens int32 [B] counts
-    the rows written here. ValueError or TypeError names the argument that does not fit, before
-    anything is written; only the blocks that are written to are looked at.
+    int64 [B, X]; units_per_block >= 1; cu_seqlens_q [B + 1] and context_lens [B] int32 or int64;
+    context_lens counts the rows written here. ValueError or TypeError names the argument that does
+    not fit, before anything is written; only the blocks that are written to are looked at.
     """
     rows = _checked(k, v, pool, block_table, units_per_block, cu_seqlens_q, context_lens)
     if jit.use_reference():

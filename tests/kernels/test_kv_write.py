@@ -258,7 +258,7 @@ def _int32(*x: int) -> Array:
         ({"cu_seqlens_q": _int32(1, 3)}, "cu_seqlens_q"),
         ({"cu_seqlens_q": _int32(0, 2, 3)}, r"cu_seqlens_q has shape \(3,\), expected \(2\)"),
         ({"context_lens": _int32(2)}, r"context_lens\[0\] is 2, expected at least its 3 rows"),
-        ({"context_lens": np.array([19])}, "context_lens has dtype int64, expected int32"),
+        ({"context_lens": np.array([19.0])}, "context_lens has dtype float64, expected int32 or"),
     ],
 )
 def test_bad_input_names_the_argument_and_writes_nothing(

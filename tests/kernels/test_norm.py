@@ -1,4 +1,4 @@
-"""norm.py against its float64 references: shapes, dtypes, strides, NaN, aliasing, threads, bad input."""
+"""norm.py against its float64 references: shapes, dtypes, strides, NaN, aliasing, threads."""
 
 from __future__ import annotations
 
