@@ -716,6 +716,20 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     return bld.bitcast(bld.shl(words, _i32_splat(16)), _F32X16) if paired else words
 
 
+def second_of_words(x: np.ndarray, i: int) -> np.ndarray:
+    """The second element of each of the 16 words (pairs of BF16) from x[i] on; 0 where x is f32."""
+    return _as_f32(x[i + 1 : i + 2 * W : 2]).copy() if x.dtype == np.uint16 else splat(0.0)
+
+
+@llvm_body(second_of_words, lambda x, i: f32x16 if _is_memory(x) else None)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    if sig.args[0].dtype != types.uint16:
+        return ir.Constant(_F32X16, [0.0] * W)
+    index = ctx.cast(bld, args[1], sig.args[1], types.intp)
+    words = bld.load(_vector_pointer(ctx, bld, sig.args[0], args[0], index, _I32X16), align=2)
+    return bld.bitcast(bld.and_(words, _i32_splat(-65536)), _F32X16)
+
+
 def per_word(x: np.ndarray) -> int:
     """S: elements of x in a word of 4 bytes, 2 of BF16 or 1 of f32; a constant when compiled."""
     return 4 // x.itemsize
