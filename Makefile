@@ -4,7 +4,7 @@
 #   make setup             create .venv with the package and what the tests need
 #   make demo              write a story with the bundled model
 #   make serve             the HTTP server (not built yet: says so)
-#   make lint              ruff and mypy
+#   make lint              ruff, mypy and typos
 #   make test              the default suite: kernels interpreted, kernels on a generic CPU, everything compiled
 #   make test-long         the tests marked `long`
 #   make test-interpreted  kernel tests as plain Python (NUMBA_DISABLE_JIT=1)
@@ -64,6 +64,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/typos
 
 # The three runs of the kernel tests: as plain Python, for a CPU without AVX, for this CPU (in the whole suite).
 test: $(VENV)/.installed-test

@@ -5,8 +5,8 @@ Knows the result schema and the two markers in the README. Measures nothing.
     python bench/readme_table.py           # rewrite the README's table
     python bench/readme_table.py --check   # exit 1 when the table is not what the results give
 
-A result file holds {"bench": name, "machine": {key: value}, "preempted": times that the scheduler
-took a CPU away during the run, "rows": [{"case", "value", "unit", "limit", "limit_unit", "share"}]}:
+A result file holds {"bench": name, "machine": {key: value}, "preempted": how often the scheduler
+took a CPU away meanwhile, "rows": [{"case", "value", "unit", "limit", "limit_unit", "share"}]}:
 `limit` was measured in the same process, `share` is how much of it was reached (1.0 is all). A
 table is never typed by hand, so it cannot drift from the files.
 """

@@ -46,8 +46,9 @@ def test_without_results_it_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.12345, "0.123"), (1.0, "1"), (23.46, "23.5"), (99.96, "100"), (1234.5, "1,234")]
-)  # fmt: skip
+    ("value", "text"),
+    [(0.12345, "0.123"), (1.0, "1"), (23.46, "23.5"), (99.96, "100"), (1234.5, "1,234")],
+)
 def test_numbers_have_three_figures(value, text):
     assert readme_table.number(value) == text
 
