@@ -81,6 +81,14 @@ def test_every_decision_is_listed(repository):
         assert first.startswith(f"# {name[:4]}: "), name
 
 
+def test_decisions_that_the_code_cites_exist(repository):
+    records = {path.name[:4] for path in (repository / "docs" / "adr").glob("[0-9]*.md")}
+    sources = [*(repository / "pace_nb").rglob("*.py"), *(repository / "tests").rglob("*.py")]
+    cited = {n for path in sources for n in re.findall(r"docs/adr/(\d{4})", path.read_text())}
+    assert cited
+    assert cited <= records
+
+
 def test_architecture_page_names_every_rule_file(repository):
     page = (repository / "docs" / "architecture.md").read_text()
     files = {path.name for path in (repository / "tests" / "architecture").glob("test_*.py")}
