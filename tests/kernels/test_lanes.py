@@ -46,6 +46,7 @@ from pace_nb.kernels.lanes import (
     reduce_max,
     round_half_even,
     scale_pow2,
+    second_of_words,
     select_above,
     splat,
     splat_pair,
@@ -367,6 +368,7 @@ def _words_kernel(y, x, first, second, count):
         at = 16 * per_word(y) * i
         store_words(y, at, load(first, 16 * i), load(second, 16 * i))
         store(x, 16 * i, first_of_words(y, at))
+        store(x, 16 * (count + i), second_of_words(y, at))
 
 
 @pytest.mark.parametrize(("from_type", "to_type"), TYPES)
@@ -387,7 +389,7 @@ def test_words_hold_a_pair_of_bf16_or_one_float(dtype: Any) -> None:
     first, second = values(16 * 40), values(16 * 40, seed=1)
     s = 4 // np.dtype(dtype).itemsize
     assert per_word(np.zeros(1, dtype)) == s
-    read = [np.zeros(len(first), F32) for _ in range(2)]
+    read = [np.ones(2 * len(first), F32) for _ in range(2)]
     y, expected = np.zeros(s * len(first), dtype), np.zeros(s * len(first), dtype)
     _words_kernel(y, read[0], first, second, 40)
     getattr(_words_kernel, "py_func", _words_kernel)(expected, read[1], first, second, 40)
@@ -395,9 +397,12 @@ def test_words_hold_a_pair_of_bf16_or_one_float(dtype: Any) -> None:
     assert_bits(*read)
     kept = lanes._as_stored(first, np.dtype(dtype))
     np.testing.assert_array_equal(y[::s], kept)
-    np.testing.assert_array_equal(read[0], lanes._as_f32(kept))
+    firsts, seconds = np.split(read[0], 2)
+    np.testing.assert_array_equal(firsts, lanes._as_f32(kept))
+    kept = lanes._as_stored(second, np.dtype(dtype)) if s == 2 else np.zeros(len(second), F32)
+    np.testing.assert_array_equal(seconds, lanes._as_f32(kept))
     if s == 2:
-        np.testing.assert_array_equal(y[1::2], lanes._as_stored(second, np.dtype(dtype)))
+        np.testing.assert_array_equal(y[1::2], kept)
 
 
 @jit.kernel
