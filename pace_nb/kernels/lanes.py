@@ -216,7 +216,7 @@ def _as_stored(v: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.where(np.isnan(v), (u >> 16) | 0x40, rounded).astype(np.uint16)
 
 
-def splat(x: float) -> np.ndarray:
+def splat(x: float | np.floating[Any]) -> np.ndarray:
     """f32x16 with `x` in every lane."""
     return np.full(W, x, np.float32)
 
