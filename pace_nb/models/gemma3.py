@@ -1,9 +1,10 @@
 """Gemma 3 (`Gemma3ForCausalLM`), also the text part of `Gemma3ForConditionalGeneration`.
 
 Knows the config.json fields, the order of operations in a layer and the weight names. Does not know
-kernels, files, requests or images. What differs from Llama: norms scale by 1 + w, there are four in
-a layer, and queries and keys are normalized per head; most layers see a sliding window and rotate
-with a base of their own; scores are scaled by `query_pre_attn_scalar`, embeddings by sqrt(E).
+files, requests or images, nor of the kernels more than BF16 rounding. What differs from Llama:
+norms scale by 1 + w, there are four in a layer, and queries and keys are normalized per head; most
+layers see a sliding window and rotate with a base of their own; scores are scaled by
+`query_pre_attn_scalar`, embeddings by sqrt(E).
 
     residual = embed_tokens(token_ids) * sqrt(E)                f32[T, E]
     each layer:  residual += post_attention_layernorm(self_attn(input_layernorm(residual)))
