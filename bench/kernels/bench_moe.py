@@ -2,63 +2,39 @@
 
     python -m bench.kernels.bench_moe
 
-Decode: bytes of the experts that are read, against reading that very buffer. Prefill: FLOPs against
-the register peak. Interleaved, in this process.
+Decode reads every expert once: against reading that very buffer. Prefill: against the peak.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import numpy as np
 
 from bench import timing
+from bench.limits import against_peak, against_read
 from pace_nb.kernels import jit
 from pace_nb.kernels.bf16 import from_f32
-from pace_nb.kernels.limits import flop_probe, read_probes
-from pace_nb.kernels.moe import PackedExperts, grouped_gemm, pack_experts
+from pace_nb.kernels.moe import grouped_gemm, pack_experts
 
 NUM_EXPERTS, N, K = 32, 2048, 1024  # 128 MiB in BF16, four times a 32 MiB L3
-ROUNDS = 11
-
-
-def measure(packed: PackedExperts, rows_per_expert: int) -> dict[str, Any]:
-    rng = np.random.default_rng(1)
-    rows = NUM_EXPERTS * rows_per_expert
-    x = from_f32(rng.standard_normal((rows, K), np.float32))
-    offsets = np.arange(NUM_EXPERTS + 1, dtype=np.int64) * rows_per_expert
-    one, four = read_probes(packed.data)
-    peak = flop_probe()
-    runs = {"moe": lambda: grouped_gemm(x, packed, offsets), "peak": peak.run}
-    t = timing.interleave(runs | {"one": one.run, "four": four.run}, ROUNDS)
-    read = min(t["one"], t["four"], key=lambda timed: timed.median)
-    flops = 2.0 * rows * N * K
-    case = f"bf16 {NUM_EXPERTS} experts of {N} x {K}, {rows_per_expert} rows each"
-    if flops / peak.amount * t["peak"].median > read.median:
-        return {
-            "case": case,
-            "value": flops / t["moe"].median / 1e9,
-            "unit": "GFLOP/s",
-            "limit": peak.amount / t["peak"].median / 1e9,
-            "limit_unit": "GFLOP/s",
-            "share": timing.share(t["peak"], t["moe"], flops / peak.amount),
-        }
-    return {
-        "case": case,
-        "value": packed.data.nbytes / t["moe"].median / 1e9,
-        "unit": "GB/s",
-        "limit": one.amount / read.median / 1e9,
-        "limit_unit": "GB/s",
-        "share": timing.share(read, t["moe"], packed.data.nbytes / one.amount),
-    }
 
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    before = timing.preemptions()
+    before, rows = timing.preemptions(), []
     weights = [from_f32(rng.standard_normal((N, K), np.float32)) for _ in range(NUM_EXPERTS)]
     packed = pack_experts(weights)
-    rows = [measure(packed, n) for n in (1, 8, 64)]
+    for per_expert in (1, 4, 64):
+        m = NUM_EXPERTS * per_expert
+        x = from_f32(rng.standard_normal((m, K), np.float32))
+        offsets = np.arange(NUM_EXPERTS + 1, dtype=np.int64) * per_expert
+        run = partial(grouped_gemm, x, packed, offsets)
+        case = f"bf16 {NUM_EXPERTS} experts of {N} x {K}, {per_expert} rows each"
+        if per_expert < 16:
+            rows.append(against_read(case, run, packed.data.nbytes, packed.data))
+        else:
+            rows.append(against_peak(case, run, 2.0 * m * N * K))
     timing.record("moe", jit.num_threads(), rows, timing.preemptions() - before)
 
 

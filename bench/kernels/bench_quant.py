@@ -2,61 +2,40 @@
 
     python -m bench.kernels.bench_quant
 
-Decode reads 17/32 byte per weight; the limit is `limits.read_probes` on a buffer of that size.
-With more rows the expansion decides, and the limit is the register peak. Interleaved.
+Decode reads 17/32 byte per weight. With more rows the expansion decides; then against the peak.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import numpy as np
 
 from bench import timing
+from bench.limits import against_peak, against_read
 from pace_nb.kernels import jit
 from pace_nb.kernels.bf16 import from_f32
-from pace_nb.kernels.limits import flop_probe, read_probes
-from pace_nb.kernels.quant import PackedMXFP4, grouped_gemm_mxfp4, pack_mxfp4
+from pace_nb.kernels.quant import grouped_gemm_mxfp4, pack_mxfp4
 
 N, K = 16384, 16384  # 143 MB in four bits, four times a 32 MiB L3
-ROUNDS = 7
-
-
-def measure(packed: PackedMXFP4, buffer: Any, m: int) -> dict[str, Any]:
-    x = from_f32(np.random.default_rng(1).standard_normal((m, K), np.float32))
-    offsets = np.array([0, m])
-    one, four = read_probes(buffer)
-    peak = flop_probe()
-    runs = {"mxfp4": lambda: grouped_gemm_mxfp4(x, packed, offsets), "peak": peak.run}
-    t = timing.interleave(runs | {"one": one.run, "four": four.run}, ROUNDS)
-    read = min(t["one"], t["four"], key=lambda timed: timed.median)
-    flops, moved = 2.0 * m * N * K, packed.codes.nbytes + packed.scales.nbytes
-    if flops / peak.amount * t["peak"].median > moved / one.amount * read.median:
-        return {
-            "case": f"mxfp4 M={m} N={N} K={K}",
-            "value": flops / t["mxfp4"].median / 1e9,
-            "unit": "GFLOP/s",
-            "limit": peak.amount / t["peak"].median / 1e9,
-            "limit_unit": "GFLOP/s",
-            "share": timing.share(t["peak"], t["mxfp4"], flops / peak.amount),
-        }
-    return {
-        "case": f"mxfp4 M={m} N={N} K={K}",
-        "value": moved / t["mxfp4"].median / 1e9,
-        "unit": "GB/s",
-        "limit": one.amount / read.median / 1e9,
-        "limit_unit": "GB/s",
-        "share": timing.share(read, t["mxfp4"], moved / one.amount),
-    }
 
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    before = timing.preemptions()
+    before, rows = timing.preemptions(), []
     blocks = rng.integers(0, 256, (N, K // 32, 16), np.uint8)
     packed = pack_mxfp4([blocks], [rng.integers(118, 130, (N, K // 32)).astype(np.uint8)])
-    buffer = np.ones(len(packed.codes) // 4, np.float32)
-    rows = [measure(packed, buffer, m) for m in (1, 4, 64)]
+    moved = packed.codes.nbytes + packed.scales.nbytes
+    buffer = np.ones(moved // 4, np.float32)
+    for m in (1, 4, 64):
+        x = from_f32(rng.standard_normal((m, K), np.float32))
+        offsets = np.array([0, m])
+        run = partial(grouped_gemm_mxfp4, x, packed, offsets)
+        case = f"mxfp4 M={m} N={N} K={K}"
+        if m < 16:
+            rows.append(against_read(case, run, moved, buffer, rounds=7))
+        else:
+            rows.append(against_peak(case, run, 2.0 * m * N * K, rounds=5))
     timing.record("quant", jit.num_threads(), rows, timing.preemptions() - before)
 
 

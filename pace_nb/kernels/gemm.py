@@ -42,6 +42,7 @@ from pace_nb.kernels import jit
 from pace_nb.kernels.arrays import STORAGE, Array, in_range, require, writable
 from pace_nb.kernels.bf16 import narrow, widen
 from pace_nb.kernels.lanes import (
+    per_word,
     tile_dot,
     tile_load,
     tile_load_tail,
@@ -113,7 +114,7 @@ def _row_tile(mr):
     @jit.device_fn
     def rows(a, a0, lda, b, b0, steps, first, bias, column, c, c0, ldc, columns):
         # a [mr, steps * S] at a0; b [steps, 64, S] at b0; c [mr, columns] at c0
-        s = 4 // a.itemsize
+        s = per_word(a)
         if not first and columns == NR:
             acc = tile_load(mr, NV, c, c0, ldc)
         elif not first:
@@ -138,7 +139,7 @@ _rows_6, _rows_4, _rows_2, _rows_1 = (_row_tile(mr) for mr in (6, 4, 2, 1))
 @jit.device_fn
 def panel(a, a0, b, j, bias, column, c, c0, ldc, m, k, columns):
     """c [m, columns] at c0 = bias[column:] + a [m, k] at a0 times panel j of b."""
-    s = 4 // a.itemsize
+    s = per_word(a)
     steps = (k + s - 1) // s
     for p in range(0, steps, KC // s):
         n, first = min(KC // s, steps - p), p == 0
@@ -166,7 +167,7 @@ def _gemm_kernel(a, b, bias, c, m, n, k):
 @jit.kernel
 def _pack_kernel(w, data, row0, n, k):
     """Rows row0.. of the stacked weight, [n, k] at w, into their places in `data`."""
-    s = 4 // w.itemsize
+    s = per_word(w)
     steps = (k + s - 1) // s
     first = row0 // NR
     for j in prange(first, (row0 + n + NR - 1) // NR):  # one panel per task
@@ -178,7 +179,7 @@ def _pack_kernel(w, data, row0, n, k):
 
 @jit.kernel
 def _gather_rows_kernel(data, ids, out, k):
-    s = 4 // data.itemsize
+    s = per_word(data)
     steps = (k + s - 1) // s
     for t in prange(len(ids)):  # one row per task
         source = (ids[t] // NR * steps * NR + ids[t] % NR) * s
