@@ -279,7 +279,7 @@ def facts(rng: random.Random) -> Turn:
 def reading(rng: random.Random) -> Turn:
     """A question about one to six sentences in the prompt: the answer is in no list, only there."""
     people: list[str] = []
-    how_many = rng.choice((1, 2, 2, 3))
+    how_many = rng.choice((1, 1, 2, 2, 3))
     while len(people) < how_many:
         name = draw_character(rng).name
         people += [name] * (name not in people)
@@ -292,13 +292,13 @@ def reading(rng: random.Random) -> Turn:
     stands = [f"{name} is {PLACES[place]}." for name, place in zip(people, places, strict=True)]
     i = rng.randrange(len(people))  # who is asked about
     name, thing, colour, place = people[i], things[i], colours_[i], places[i]
-    question, answer, needed = rng.choice([
+    question, answer, needed = rng.choices([
         (f"What does {name} have?", f"{name} has {a(f'{colour} {thing}')}.", has[i]),
         (f"Where is {name}?", f"{name} is {PLACES[place]}.", stands[i]),
-        (f"What colour is the {thing}?", f"The {thing} is {colour}.", has[i]),
+        (f"What {rng.choice(('colour', 'color'))} is the {thing}?", f"The {thing} is {colour}.", has[i]),
         (f"Who has the {thing}?", f"{name} has the {thing}.", has[i]),
         (f"Who is {PLACES[place]}?", f"{name} is {PLACES[place]}.", stands[i]),
-    ])  # fmt: skip
+    ], (4, 2, 4, 1, 1))[0]  # fmt: skip
     lines = rng.choice((has, stands, has + stands))  # all of one sort, or both
     lines = [line for line in lines if line != needed] + [needed]
     rng.shuffle(lines)
@@ -386,7 +386,7 @@ QUESTIONS: dict[str, Callable[[random.Random], Turn]] = {
     "opposites": opposites, "animals": animals, "calendar": calendar, "facts": facts,
     "reading": reading, "story_reading": story_reading, "unknown": unknown, "small_talk": small_talk,
 }  # fmt: skip
-WEIGHTS = [7, 3, 5, 1, 1, 3, 2, 2, 8, 1, 1, 1]  # the harder a kind, the more of it is read
+WEIGHTS = [7, 5, 4, 1, 1, 3, 2, 2, 24, 1, 1, 1]  # the harder a kind, the more of it is read
 CLOSED = {"small_talk"}  # a closed list of phrasings: nothing to hold out
 
 

@@ -262,6 +262,8 @@ def draw_line(rng: random.Random, line: str, world: World) -> str:
         if rng.random() < 0.5:
             return ""
         choice = choice[1:]
+    if rng.random() < 0.4:  # say the colour again: it must be the same one
+        choice = re.sub(r"\b(the|my) \{thing\}", r"\1 {colour} {thing}", choice)
     return choice.format(**world.slots)
 
 
