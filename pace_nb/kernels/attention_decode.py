@@ -1,0 +1,329 @@
+"""Attention of one or a few query tokens per sequence, parallel over the keys too.
+
+    out[t, h] = softmax(scale q[t, h] . k[j, h // G], j seen by t) . v[j, h // G]
+    row t of sequence b is at position context_lens[b] - (cu_seqlens_q[b + 1] - t) and sees that key
+    and the keys before it, `window` in all if window > 0
+
+| Array        | Shape           | Type      | Layout                                              |
+|--------------|-----------------|-----------|-----------------------------------------------------|
+| q            | [T, H, D]       | BF16, f32 | as the pool; last axis contiguous                   |
+| pool         | see kv_write.py | BF16, f32 | contiguous; the keys of this step are in it         |
+| block_table  | [B, X]          | int64     | number of a block's first unit                      |
+| cu_seqlens_q | [B + 1]         | int32, 64 | first row of each sequence, then T                  |
+| context_lens | [B]             | int32, 64 | keys of each sequence, those of this step too       |
+| sinks        | [H]             | f32, None | raw logits, not scaled; 0.0 is a sink               |
+| out          | [T, H, D]       | as q      | contiguous, allocated or given as `out`             |
+
+Moves: 2 S KVH D size(k) bytes per sequence, once for all query heads and tokens that share them
+    (up to 96 rows); the results of a split, 4 (D + 2) bytes per row and 512 keys, stay in cache.
+Does: 4 S H D FLOPs per query token; H / KVH FLOPs per byte of BF16, so bound by reading the keys
+    and values up to about 30 rows per key/value head.
+Error: see attention_rows.py; bit-equal whatever the batch, chunking, threads and cache, and equal
+    to what attention_prefill gives for the same row.
+Cautions: what lies in the pool beyond a sequence's keys is never used, be it NaN; blocks that lie
+    before every window need not exist.
+Source: split over keys as in Flash-Decoding (Dao et al. 2023), at fixed places; re-implements PACE
+    csrc/ops/attention/slab (DECODE_GQA, DECODE_SPLITK, which there is never reached, and MTD).
+Notebook: 07 GQA decode. Ledger: attention_decode.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from pace_nb.kernels import bf16, jit
+from pace_nb.kernels.arrays import Array, flat_heads
+from pace_nb.kernels.attention_rows import (
+    KEY_BLOCK,
+    MR,
+    SPLIT,
+    WORK,
+    attend_split,
+    batch_attention_ref,
+    checked,
+    clear_rows,
+    finish_row,
+    first_keys,
+    fold_row,
+    gather_rows,
+    has_turn,
+)
+from pace_nb.kernels.kv_write import KVPool
+
+
+# ---- definition ----------------------------------------------------------------------------------
+def attention_decode_ref(
+    q: Array,
+    pool: KVPool,
+    block_table: Array,
+    units_per_block: int,
+    cu_seqlens_q: Array,
+    context_lens: Array,
+    scale: float,
+    window: int = 0,
+    sinks: Array | None = None,
+    sequences: Array | None = None,
+) -> Array:
+    """attention_rows.attention_ref of each sequence over its gathered keys, float64 [T, H, D]."""
+    chosen = np.arange(len(context_lens)) if sequences is None else sequences
+    return batch_attention_ref(
+        q,
+        pool,
+        block_table,
+        units_per_block,
+        cu_seqlens_q,
+        context_lens,
+        scale,
+        window,
+        sinks,
+        chosen,
+    )
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+@jit.kernel
+def _attend_kernel(
+    q,
+    token_stride,
+    head_stride,
+    k,
+    v,
+    in_pool,
+    table,
+    table_stride,
+    units_per_block,
+    cu_seqlens_q,
+    contexts,
+    first_split,
+    num_splits,
+    sequences,
+    kv_heads,
+    group,
+    d,
+    dp,
+    odd,
+    tokens,
+    window,
+    scale,
+    rows,
+    top,
+    total,
+    values,
+    storage,
+    work,
+    units,
+    workers,
+):
+    # One piece per (sequence, group of query tokens, key/value head, split): it reads its keys once
+    # for all its rows and leaves m, l, o in `rows` rows of top, total, values. Workers take turns.
+    size = len(storage) // workers
+    for w in prange(workers):
+        own = storage[w * size : w * size + size]
+        p = own[rows * d :]
+        piece = 0
+        for b in sequences:
+            q0, queries = cu_seqlens_q[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b]
+            for t in range(0, queries, tokens):
+                n = min(tokens, queries - t)
+                for h in range(kv_heads):
+                    gathered = False
+                    for split in range(first_split[b], first_split[b] + num_splits[b]):
+                        if has_turn(piece, w, workers):
+                            if not gathered:
+                                start = (q0 + t) * token_stride + h * group * head_stride
+                                gather_rows(q, start, token_stride, head_stride, n, group, d, own)
+                                gathered = True
+                            attend_split(
+                                own,
+                                k,
+                                v,
+                                h * in_pool,
+                                table,
+                                b * table_stride,
+                                units_per_block,
+                                d,
+                                dp,
+                                odd,
+                                n,
+                                group,
+                                contexts[b] - queries + t,
+                                window,
+                                scale,
+                                split,
+                                units[w * 4 : w * 4 + 4],
+                                work[w * WORK : w * WORK + WORK],
+                                p,
+                                top,
+                                total,
+                                values,
+                                piece * rows,
+                            )
+                        piece += 1
+
+
+@jit.kernel
+def _fold_kernel(
+    cu_seqlens_q,
+    num_splits,
+    sequences,
+    kv_heads,
+    group,
+    d,
+    dp,
+    tokens,
+    rows,
+    top,
+    total,
+    values,
+    sinks,
+    out,
+    work,
+    workers,
+):
+    # One (sequence, group of query tokens, key/value head) per turn: its splits in index order.
+    size = len(work) // workers
+    for w in prange(workers):
+        own = work[w * size : w * size + size]
+        row_top, row_total, row_values = own[:1], own[1:2], own[16:]
+        piece, turn = 0, 0
+        for b in sequences:
+            q0, queries = cu_seqlens_q[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b]
+            for t in range(0, queries, tokens):
+                n = min(tokens, queries - t)
+                for h in range(kv_heads):
+                    if has_turn(turn, w, workers):
+                        for r in range(n * group):
+                            clear_rows(row_top, row_total, row_values, 0, 1, dp)
+                            for split in range(num_splits[b]):
+                                i = (piece + split) * rows + r
+                                fold_row(
+                                    row_top, row_total, row_values, 0, top, total, values, i, dp
+                                )
+                            head = h * group + r % group
+                            y0 = ((q0 + t + r // group) * kv_heads * group + head) * d
+                            finish_row(
+                                row_top, row_total, row_values, 0, sinks, head, out, y0, d, dp
+                            )
+                    turn += 1
+                    piece += num_splits[b]
+
+
+# ---- public wrapper ------------------------------------------------------------------------------
+def attention_decode(
+    q: Array,
+    pool: KVPool,
+    block_table: Array,
+    units_per_block: int,
+    cu_seqlens_q: Array,
+    context_lens: Array,
+    scale: float,
+    window: int = 0,
+    sinks: Array | None = None,
+    out: Array | None = None,
+    sequences: Array | None = None,
+) -> Array:
+    """Attention of few query tokens per sequence (1 to about 64) over many keys.
+
+    q [T, H, D] in the pool's dtype, all sequences' rows one after the other; block_table int64
+    [B, X]; units_per_block >= 1; cu_seqlens_q [B + 1]; context_lens [B] >= the query tokens; sinks
+    f32 [H]; out [T, H, D] as q, allocated if None. sequences: indices of the sequences to compute
+    (None: all); the rows of others are left as they are. Returns out. TypeError or ValueError names
+    the argument that does not fit.
+    """
+    given = checked(
+        "attention_decode",
+        q,
+        pool,
+        block_table,
+        units_per_block,
+        cu_seqlens_q,
+        context_lens,
+        scale,
+        window,
+        sinks,
+        out,
+        sequences,
+    )
+    out, chosen, queries = given.out, given.sequences, given.query_lens
+    if not len(chosen):
+        return out
+    if jit.use_reference():
+        exact = attention_decode_ref(
+            q,
+            pool,
+            block_table,
+            units_per_block,
+            cu_seqlens_q,
+            context_lens,
+            scale,
+            window,
+            sinks,
+            chosen,
+        )
+        for b in chosen:
+            mine = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
+            out[mine] = bf16.narrow(exact[mine], out.dtype)
+        return out
+    d, dp, group, tokens = q.shape[2], given.padded, given.group, given.tokens
+    rows = min(tokens, int(queries[chosen].max())) * group
+    first_split = first_keys(given.contexts, queries, window) // SPLIT
+    num_splits = -(-given.contexts // SPLIT) - first_split
+    pieces = int((num_splits * -(-queries // tokens))[chosen].sum()) * len(pool.k)
+    workers = jit.num_threads()
+    top, total = np.empty((2, pieces * rows), np.float32)
+    values = np.empty(pieces * rows * dp, np.float32)
+    storage = np.empty(workers * (rows * d + MR * KEY_BLOCK), q.dtype)
+    cu = cu_seqlens_q.astype(np.int64)
+    flat, token_stride, head_stride = flat_heads(q)
+    _attend_kernel(
+        flat,
+        token_stride,
+        head_stride,
+        pool.k.reshape(-1),
+        pool.v.reshape(-1),
+        pool.k.shape[1],
+        np.ascontiguousarray(block_table).reshape(-1),
+        block_table.shape[1],
+        units_per_block,
+        cu,
+        given.contexts,
+        first_split,
+        num_splits,
+        chosen,
+        len(pool.k),
+        group,
+        d,
+        dp,
+        given.odd,
+        tokens,
+        window,
+        float(scale),
+        rows,
+        top,
+        total,
+        values,
+        storage,
+        np.empty(workers * WORK, np.float32),
+        np.empty(workers * 4, np.int64),
+        workers,
+    )
+    _fold_kernel(
+        cu,
+        num_splits,
+        chosen,
+        len(pool.k),
+        group,
+        d,
+        dp,
+        tokens,
+        rows,
+        top,
+        total,
+        values,
+        given.sinks,
+        out.reshape(-1),
+        np.empty(workers * (16 + dp), np.float32),
+        workers,
+    )
+    return out

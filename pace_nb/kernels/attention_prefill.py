@@ -1,0 +1,293 @@
+"""Attention of many query tokens per sequence: tiles of tokens, causal blocks above them skipped.
+
+    out[t, h] = softmax(scale q[t, h] . k[j, h // G], j seen by t) . v[j, h // G]
+    row t of sequence b is at position context_lens[b] - (cu_seqlens_q[b + 1] - t) and sees that key
+    and the keys before it, `window` in all if window > 0
+
+| Array        | Shape           | Type      | Layout                                              |
+|--------------|-----------------|-----------|-----------------------------------------------------|
+| q            | [T, H, D]       | BF16, f32 | as the pool; last axis contiguous                   |
+| pool         | see kv_write.py | BF16, f32 | contiguous; the keys of this step are in it         |
+| block_table  | [B, X]          | int64     | number of a block's first unit                      |
+| cu_seqlens_q | [B + 1]         | int32, 64 | first row of each sequence, then T                  |
+| context_lens | [B]             | int32, 64 | keys of each sequence, those of this step too       |
+| sinks        | [H]             | f32, None | raw logits, not scaled; 0.0 is a sink               |
+| out          | [T, H, D]       | as q      | contiguous, allocated or given as `out`             |
+
+A sequence may be new or go on from keys that are cached; nothing is padded.
+Moves: per tile of 96 rows, the keys it sees, 2 S D size(k) bytes, mostly from L2 and L3.
+Does: 4 D FLOPs per query head and visible key: 2 T^2 H D for a new prompt. 96 FLOPs per byte, so
+    bound by the dot-product units.
+Error: see attention_rows.py; bit-equal whatever the batch, chunking, threads and cache, and equal
+    to what attention_decode gives for the same row.
+Cautions: what lies in the pool beyond a sequence's keys is never used, be it NaN; blocks that lie
+    before every window need not exist.
+Source: Dao et al. 2022 (FlashAttention), with K and V kept in the layout that the register tile
+    reads (kv_write.py), so nothing is packed here; re-implements PACE csrc/ops/attention/slab
+    PREFILL and csrc/ops/prefill_attention.cpp (which repack K and V for every query tile).
+Notebook: 08 tiled prefill. Ledger: attention_prefill.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from pace_nb.kernels import bf16, jit
+from pace_nb.kernels.arrays import Array, flat_heads
+from pace_nb.kernels.attention_rows import (
+    KEY_BLOCK,
+    MR,
+    SPLIT,
+    WORK,
+    attend_split,
+    batch_attention_ref,
+    checked,
+    clear_rows,
+    finish_row,
+    fold_row,
+    gather_rows,
+    has_turn,
+)
+from pace_nb.kernels.kv_write import KVPool
+
+
+# ---- definition ----------------------------------------------------------------------------------
+def attention_prefill_ref(
+    q: Array,
+    pool: KVPool,
+    block_table: Array,
+    units_per_block: int,
+    cu_seqlens_q: Array,
+    context_lens: Array,
+    scale: float,
+    window: int = 0,
+    sinks: Array | None = None,
+    sequences: Array | None = None,
+) -> Array:
+    """attention_rows.attention_ref of each sequence over its gathered keys, float64 [T, H, D]."""
+    chosen = np.arange(len(context_lens)) if sequences is None else sequences
+    return batch_attention_ref(
+        q,
+        pool,
+        block_table,
+        units_per_block,
+        cu_seqlens_q,
+        context_lens,
+        scale,
+        window,
+        sinks,
+        chosen,
+    )
+
+
+# ---- kernel --------------------------------------------------------------------------------------
+@jit.kernel
+def _attend_kernel(
+    q,
+    token_stride,
+    head_stride,
+    k,
+    v,
+    in_pool,
+    table,
+    table_stride,
+    units_per_block,
+    cu_seqlens_q,
+    contexts,
+    sequences,
+    kv_heads,
+    group,
+    d,
+    dp,
+    odd,
+    tokens,
+    window,
+    scale,
+    sinks,
+    out,
+    rows,
+    top,
+    total,
+    values,
+    whole_top,
+    whole_total,
+    whole_values,
+    storage,
+    work,
+    units,
+    workers,
+):
+    # One piece per (sequence, key/value head, tile of query tokens): it walks over its splits and
+    # folds each as it is done. Workers take turns, neighbouring tiles of one head side by side.
+    size = len(storage) // workers
+    for w in prange(workers):
+        own = storage[w * size : w * size + size]
+        p = own[rows * d :]
+        r0 = w * rows  # this worker's rows of m, l, o: of a split, and of all splits so far
+        piece = 0
+        for b in sequences:
+            q0, queries = cu_seqlens_q[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b]
+            for h in range(kv_heads):
+                for t in range(0, queries, tokens):
+                    if has_turn(piece, w, workers):
+                        n, position = min(tokens, queries - t), contexts[b] - queries + t
+                        start = (q0 + t) * token_stride + h * group * head_stride
+                        gather_rows(q, start, token_stride, head_stride, n, group, d, own)
+                        clear_rows(whole_top, whole_total, whole_values, r0, n * group, dp)
+                        low = max(position + 1 - window, 0) if window > 0 else 0
+                        for split in range(low // SPLIT, (position + n - 1) // SPLIT + 1):
+                            attend_split(
+                                own,
+                                k,
+                                v,
+                                h * in_pool,
+                                table,
+                                b * table_stride,
+                                units_per_block,
+                                d,
+                                dp,
+                                odd,
+                                n,
+                                group,
+                                position,
+                                window,
+                                scale,
+                                split,
+                                units[w * 4 : w * 4 + 4],
+                                work[w * WORK : w * WORK + WORK],
+                                p,
+                                top,
+                                total,
+                                values,
+                                r0,
+                            )
+                            for r in range(r0, r0 + n * group):
+                                fold_row(
+                                    whole_top,
+                                    whole_total,
+                                    whole_values,
+                                    r,
+                                    top,
+                                    total,
+                                    values,
+                                    r,
+                                    dp,
+                                )
+                        for r in range(n * group):
+                            head = h * group + r % group
+                            y0 = ((q0 + t + r // group) * kv_heads * group + head) * d
+                            finish_row(
+                                whole_top,
+                                whole_total,
+                                whole_values,
+                                r0 + r,
+                                sinks,
+                                head,
+                                out,
+                                y0,
+                                d,
+                                dp,
+                            )
+                    piece += 1
+
+
+# ---- public wrapper ------------------------------------------------------------------------------
+def attention_prefill(
+    q: Array,
+    pool: KVPool,
+    block_table: Array,
+    units_per_block: int,
+    cu_seqlens_q: Array,
+    context_lens: Array,
+    scale: float,
+    window: int = 0,
+    sinks: Array | None = None,
+    out: Array | None = None,
+    sequences: Array | None = None,
+) -> Array:
+    """Causal attention of whole prompts or chunks of them.
+
+    q [T, H, D] in the pool's dtype, all sequences' rows one after the other; block_table int64
+    [B, X]; units_per_block >= 1; cu_seqlens_q [B + 1]; context_lens [B] >= the query tokens; sinks
+    f32 [H]; out [T, H, D] as q, allocated if None. sequences: indices of the sequences to compute
+    (None: all); the rows of others are left as they are. Returns out. TypeError or ValueError names
+    the argument that does not fit.
+    """
+    given = checked(
+        "attention_prefill",
+        q,
+        pool,
+        block_table,
+        units_per_block,
+        cu_seqlens_q,
+        context_lens,
+        scale,
+        window,
+        sinks,
+        out,
+        sequences,
+    )
+    out, chosen, queries = given.out, given.sequences, given.query_lens
+    if not len(chosen):
+        return out
+    if jit.use_reference():
+        exact = attention_prefill_ref(
+            q,
+            pool,
+            block_table,
+            units_per_block,
+            cu_seqlens_q,
+            context_lens,
+            scale,
+            window,
+            sinks,
+            chosen,
+        )
+        for b in chosen:
+            mine = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
+            out[mine] = bf16.narrow(exact[mine], out.dtype)
+        return out
+    d, dp, group = q.shape[2], given.padded, given.group
+    rows = min(given.tokens, int(queries[chosen].max())) * group
+    workers = jit.num_threads()
+    top, total, whole_top, whole_total = np.empty((4, workers * rows), np.float32)
+    values, whole_values = np.empty((2, workers * rows * dp), np.float32)
+    storage = np.empty(workers * (rows * d + MR * KEY_BLOCK), q.dtype)
+    flat, token_stride, head_stride = flat_heads(q)
+    _attend_kernel(
+        flat,
+        token_stride,
+        head_stride,
+        pool.k.reshape(-1),
+        pool.v.reshape(-1),
+        pool.k.shape[1],
+        np.ascontiguousarray(block_table).reshape(-1),
+        block_table.shape[1],
+        units_per_block,
+        cu_seqlens_q.astype(np.int64),
+        given.contexts,
+        chosen,
+        len(pool.k),
+        group,
+        d,
+        dp,
+        given.odd,
+        given.tokens,
+        window,
+        float(scale),
+        given.sinks,
+        out.reshape(-1),
+        rows,
+        top,
+        total,
+        values,
+        whole_top,
+        whole_total,
+        whole_values,
+        storage,
+        np.empty(workers * WORK, np.float32),
+        np.empty(workers * 4, np.int64),
+        workers,
+    )
+    return out
