@@ -132,12 +132,15 @@ class ExpertLinear(Module):
 class MXFP4ExpertLinear(ExpertLinear):
     """The same from MXFP4 tensors: kept in four bits for "bfloat16", expanded for "float32"."""
 
-    def _weight_tensors(self, name: str) -> Iterator[tuple[str, Shape]]:
-        if self.in_features % quant.BLOCK:
+    def __init__(self, num_experts: int, in_features: int, *args: Any, **kwargs: Any) -> None:
+        if in_features % quant.BLOCK:
             raise ModelFormatError(
-                f"tensor {name}_blocks has {self.in_features} inputs,"
-                f" expected a multiple of {quant.BLOCK} for MXFP4"
+                f"experts in MXFP4 have {in_features} inputs (hidden_size or intermediate_size),"
+                f" expected a multiple of {quant.BLOCK}"
             )
+        super().__init__(num_experts, in_features, *args, **kwargs)
+
+    def _weight_tensors(self, name: str) -> Iterator[tuple[str, Shape]]:
         groups = self.num_experts, self.out_features, self.in_features // quant.BLOCK
         yield f"{name}_blocks", (*groups, quant.BLOCK // 2)
         yield f"{name}_scales", groups

@@ -143,10 +143,8 @@ def test_a_scale_that_bf16_cannot_hold_is_refused(load, rng, dtype, scale, code)
 
 
 def test_mxfp4_needs_whole_blocks():
-    with pytest.raises(
-        ModelFormatError, match=r"w_blocks has 40 inputs, expected a multiple of 32"
-    ):
-        list(MXFP4ExpertLinear(X, 40, 8).tensors("w"))
+    with pytest.raises(ModelFormatError, match=r"have 40 inputs .*, expected a multiple of 32"):
+        MXFP4ExpertLinear(X, 40, 8)
 
 
 # ---- the mixture ---------------------------------------------------------------------------------
