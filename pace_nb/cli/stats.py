@@ -18,7 +18,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pace_nb.errors import PaceError
 
@@ -85,20 +85,50 @@ def timed(
             yield completion
 
 
-def weight_bytes_per_token(tensors: Iterable[tuple[str, tuple[int, ...]]], itemsize: int) -> int:
-    """Bytes of weights that one decoded token reads, from the names and shapes of all tensors.
+class Tensor(NamedTuple):
+    """What counts about a tensor of the model here. itemsize: bytes an element has in memory."""
 
-    Matrices are stored with `itemsize` bytes an element, vectors (norms, biases) as f32. Of an
-    embedding table with a separate output head only one row is read.
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+
+
+def weight_bytes_per_token(tensors: Iterable[Tensor], expert_share: float = 1.0) -> int:
+    """Bytes of weights that one decoded token reads.
+
+    Of an embedding table with a separate output head only one row is read, and of a layer's experts
+    only `expert_share`.
     """
-    shapes = dict(tensors)
-    total = 0
-    untied = any(name.endswith("lm_head.weight") for name in shapes)
-    for name, shape in shapes.items():
+    listed = list(tensors)
+    untied = any(tensor.name.endswith("lm_head.weight") for tensor in listed)
+    total = 0.0
+    for name, shape, itemsize in listed:
         if untied and name.endswith("embed_tokens.weight"):
             shape = shape[1:]
-        total += prod(shape) * (itemsize if len(shape) > 1 else 4)
-    return total
+        num_bytes = prod(shape) * itemsize
+        total += num_bytes * expert_share if ".experts." in name else num_bytes
+    return round(total)
+
+
+def model_weight_bytes(llm: LLM) -> int:
+    """`weight_bytes_per_token` of an open model, from its config.json and headers."""
+    from pace_nb.models.loader import Checkpoint
+    from pace_nb.models.registry import build_model
+
+    itemsize = 2 if llm.config.storage_dtype == "bfloat16" else 4
+    with Checkpoint.open(llm.directory) as checkpoint:
+        shell = build_model(checkpoint.config, checkpoint.names())
+        tensors = [
+            # Vectors are kept as f32; U8 tensors hold quantized weights and stay as they are.
+            Tensor(name, shape, 1 if checkpoint.dtype(name) == "U8" else itemsize)
+            if len(shape) > 1
+            else Tensor(name, shape, 4)
+            for name, shape in shell.tensors("")
+        ]
+        config = checkpoint.config
+    config = {**config, **config.get("text_config", {})}
+    used, experts = config.get("num_experts_per_tok"), config.get("num_local_experts")
+    return weight_bytes_per_token(tensors, used / experts if used and experts else 1.0)
 
 
 @lru_cache
@@ -120,12 +150,7 @@ def read_rate(weight_bytes: int) -> float | None:
 
 def report_of(llm: LLM, watch: Stopwatch) -> str:
     """`report` for a model, after measuring the read rate."""
-    from pace_nb.models.loader import Checkpoint
-
-    with Checkpoint.open(llm.directory) as checkpoint:
-        tensors = [(name, checkpoint.shape(name)) for name in checkpoint.names()]
-    itemsize = 2 if llm.config.storage_dtype == "bfloat16" else 4
-    weight_bytes = weight_bytes_per_token(tensors, itemsize)
+    weight_bytes = model_weight_bytes(llm)
     return report(watch, weight_bytes, read_rate(weight_bytes))
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from pace_nb.cli.stats import Stopwatch, report, weight_bytes_per_token
+from pace_nb import LLM
+from pace_nb.cli.stats import (
+    Stopwatch,
+    Tensor,
+    model_weight_bytes,
+    report,
+    weight_bytes_per_token,
+)
+from pace_nb.models.hub import DEMO_MODEL
+from pace_nb.models.loader import Checkpoint
 
 
 def watch(num_tokens=5, num_compiled=0):
@@ -32,17 +41,30 @@ def test_tokens_sets_the_first_time_once(monkeypatch):
     assert (stopwatch.first, stopwatch.last, stopwatch.num_tokens) == (3.0, 4.0, 3)
 
 
-LAYER = [("layers.0.q_proj.weight", (8, 4)), ("layers.0.input_layernorm.weight", (4,))]
+LAYER = [Tensor("layers.0.q_proj.weight", (8, 4), 2), Tensor("layers.0.norm.weight", (4,), 4)]
+LAYER_BYTES = 2 * 8 * 4 + 4 * 4
+EMBEDDING = Tensor("model.embed_tokens.weight", (100, 4), 2)
 
 
 def test_weight_bytes_of_a_tied_head_count_the_embedding_once():
-    tensors = [("embed_tokens.weight", (100, 4)), *LAYER]
-    assert weight_bytes_per_token(tensors, 2) == 2 * (100 * 4 + 8 * 4) + 4 * 4
+    assert weight_bytes_per_token([EMBEDDING, *LAYER]) == 2 * 100 * 4 + LAYER_BYTES
 
 
 def test_weight_bytes_of_an_untied_head_count_one_row_of_the_embedding():
-    tensors = [("embed_tokens.weight", (100, 4)), *LAYER, ("lm_head.weight", (100, 4))]
-    assert weight_bytes_per_token(tensors, 2) == 4 * 4 + 2 * (100 * 4 + 8 * 4) + 4 * 4
+    tensors = [EMBEDDING, *LAYER, Tensor("lm_head.weight", (100, 4), 2)]
+    assert weight_bytes_per_token(tensors) == 2 * 4 + 2 * 100 * 4 + LAYER_BYTES
+
+
+def test_weight_bytes_of_experts_count_those_that_are_used():
+    experts = Tensor("layers.0.mlp.experts.down_proj", (32, 8, 4), 2)
+    assert weight_bytes_per_token([*LAYER, experts], 4 / 32) == 4 * 2 * 8 * 4 + LAYER_BYTES
+
+
+def test_weight_bytes_of_the_bundled_model_are_those_of_its_file():
+    """It is tied and BF16, so all but the f32 norms is read as it is stored."""
+    with LLM(kernels="reference") as llm, Checkpoint.open(DEMO_MODEL) as checkpoint:
+        norms = sum(checkpoint.shape(n)[0] for n in checkpoint.names() if "norm" in n)
+        assert model_weight_bytes(llm) == checkpoint.nbytes + 2 * norms
 
 
 def show(stopwatch, read_rate=8e6):
