@@ -14,7 +14,7 @@ layers see a sliding window and rotate with a base of their own; scores are scal
 Each addition is done by the norm that follows it (`delta` below), in one pass over the residual.
 The published model runs in BF16 and rounds sqrt(E) to it (62.0 for 3840, not 61.97): with dtype
 "bfloat16" so does this file, in float32 it does not, as transformers.
-Source: transformers 5.19, models/gemma3.
+Source: transformers 5.23, models/gemma3.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pace_nb.layers.rope import RopeParameters, RotaryEmbedding, Rotation
 from pace_nb.layers.weights import Float32Array, Weights
 from pace_nb.models.config_json import ConfigJson
 
-# Published text_configs name only what differs from these (transformers 5.19, Gemma3TextConfig).
+# Published text_configs name only what differs from these (transformers 5.23, Gemma3TextConfig).
 DEFAULTS = {
     "vocab_size": 262_208,
     "hidden_size": 2304,

@@ -13,7 +13,7 @@ per head (`qk_layernorm`).
 
 The second addition is done by the norm that follows it (`delta` below), in one pass over the
 residual.
-Source: transformers 5.19, models/phi.
+Source: transformers 5.23, models/phi.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ The long-context models have two sets of rotary frequencies (longrope): a sequen
 `original_max_position_embeddings` tokens rotates with the short factors, a longer one with the long
 factors, position 0 included. The length is `Step.sequence_lens`, each sequence's own. Where one
 grows past the boundary, its cached keys stay as they were rotated.
-Source: transformers 5.19, models/phi3.
+Source: transformers 5.23, models/phi3.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pace_nb.layers.weights import Float32Array
 from pace_nb.models.config_json import ConfigJson
 
 DEFAULTS = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
-# What early exports called longrope (transformers 5.19, Phi3Config).
+# What early exports called longrope (transformers 5.23, Phi3Config).
 ROPE_ALIASES = {"su": "longrope", "yarn": "longrope"}
 
 

@@ -58,11 +58,34 @@ class Family:
     gains: Mapping[str, float] = field(
         default_factory=lambda: {"q_proj.weight": 1.6, "k_proj.weight": 1.6}
     )
+    # Part of a norm's name -> what its weights are spread around; the first that fits counts.
+    norm_means: Mapping[str, float] = field(default_factory=lambda: {"": 1.0})
 
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+YARN_ROPE = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+# At 60 tokens, the last that the prompt of 37 grows to, the short factors still hold.
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 60,
+    "short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0],
+    "long_factor": [1.0, 1.5, 2.5, 5.0, 12.0, 30.0],
+}  # fmt: skip
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
+# With a tied head a token predicts itself, unless what the layers add outweighs it.
+TIED_GAINS = {
+    "q_proj.weight": 1.6, "k_proj.weight": 1.6, "qkv_proj.weight": 1.4, "o_proj.weight": 4.0,
+    "down_proj.weight": 4.0, "o_proj.bias": 0.3,
 }  # fmt: skip
 
 FAMILIES = {
@@ -102,11 +125,167 @@ FAMILIES = {
             "no_attention_bias": {"attention_bias": False},
             "eps": {"rms_norm_eps": 1e-5},
         },
-        # With a tied head a token predicts itself, unless what the layers add outweighs it.
-        gains={
-            "q_proj.weight": 1.6, "k_proj.weight": 1.6, "o_proj.weight": 4.0,
-            "down_proj.weight": 4.0, "o_proj.bias": 0.3,
+        gains=TIED_GAINS,
+    ),
+    # yarn, past the length of its pretraining (64) with the longest prompt; one layer slides.
+    "qwen2_yarn": Family(
+        model_type="qwen2",
+        seed=11,
+        config={
+            "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 3, "num_key_value_heads": 1, "rms_norm_eps": 1e-6,
+            "rope_parameters": YARN_ROPE, "tie_word_embeddings": False,
+            "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1,
         },
+        sensitivity={
+            "no_rope_scaling": {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}
+            },
+            "rope_scaling_factor": {"rope_parameters": {**YARN_ROPE, "factor": 2.0}},
+            "no_attention_factor": {"rope_parameters": {**YARN_ROPE, "attention_factor": 1.0}},
+            "linear": {
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+            },
+            "window+1": {"sliding_window": 51},
+        },
+    ),
+    # Norms of heads, head_dim (20) that is not hidden_size / heads, a tied head; one layer slides.
+    "qwen3_window": Family(
+        model_type="qwen3",
+        seed=12,
+        config={
+            "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 20,
+            "rms_norm_eps": 0.01, "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1,
+        },
+        sensitivity={
+            "no_window": {"layer_types": ["full_attention"] * 2},
+            "window+1": {"sliding_window": 10},
+            "other_layer": {"layer_types": ["sliding_attention", "full_attention"]},
+            "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}},
+            "eps": {"rms_norm_eps": 1e-6},
+        },
+        gains={**TIED_GAINS, "q_norm": 1.6, "k_norm": 1.6},
+    ),
+    # Every layer sees 9 positions: with two layers the longest prompt reaches back 17.
+    "mistral_window": Family(
+        model_type="mistral",
+        seed=13,
+        config={
+            "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 20,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window": 9,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        sensitivity={
+            "no_window": {"sliding_window": None},
+            "window+1": {"sliding_window": 10},
+            "window-1": {"sliding_window": 8},
+            "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}},
+        },
+    ),
+    # Global layers stretched by 8, local ones not; 1 + w, so the norms are spread around 0.
+    "gemma3_linear": Family(
+        model_type="gemma3_text",
+        seed=19,
+        config={
+            "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 24, "rope_parameters": GEMMA3_ROPE,
+            "sliding_window": 9, "sliding_window_pattern": 2,
+        },
+        sensitivity={
+            "no_rope_scaling": {"rope_parameters": {
+                **GEMMA3_ROPE, "full_attention": {"rope_type": "default", "rope_theta": 10000.0}
+            }},
+            "local_scaled_too": {"rope_parameters": {
+                **GEMMA3_ROPE,
+                "sliding_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0},
+            }},
+            "local_theta": {"rope_parameters": {
+                **GEMMA3_ROPE,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            }},
+            "no_window": {"sliding_window": 256},
+            "window+1": {"sliding_window": 10},
+            "scale": {"query_pre_attn_scalar": 16},
+        },
+        norm_means={"q_norm": 0.6, "k_norm": 0.6, "post_": 8.0, "": 0.0},
+    ),
+    # Fused tensors, a window smaller than the prompt, the whole head rotates.
+    "phi3_window": Family(
+        model_type="phi3",
+        seed=15,
+        config={
+            "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 3, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "sliding_window": 9, "tie_word_embeddings": False,
+        },
+        sensitivity={
+            "no_window": {"sliding_window": None},
+            "window+1": {"sliding_window": 10},
+            "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}},
+        },
+        gains={"qkv_proj.weight": 1.4},
+    ),
+    # Like Phi-4-mini: 12 of 16 dims rotate, two sets of factors, a tied head.
+    "phi3_longrope": Family(
+        model_type="phi3",
+        seed=16,
+        config={
+            "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 3, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
+            "original_max_position_embeddings": 60, "rope_parameters": LONGROPE,
+            "tie_word_embeddings": True,
+        },
+        sensitivity={
+            "short_only": {"rope_parameters": {
+                **LONGROPE, "long_factor": LONGROPE["short_factor"]
+            }},
+            "no_attention_factor": {"rope_parameters": {**LONGROPE, "attention_factor": 1.0}},
+            "no_rope_scaling": {"rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75
+            }},
+        },
+        gains=TIED_GAINS,
+    ),
+    # 6 of 16 dims rotate (32 of 80 in Phi-2); a large eps shows a forgotten one. The two forms of
+    # GELU are so close that only a large fc2 shows which it is.
+    "phi2": Family(
+        model_type="phi",
+        seed=17,
+        config={
+            "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 3, "layer_norm_eps": 0.01, "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.375
+            },
+        },
+        sensitivity={
+            "half_rotates": {"rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5
+            }},
+            "activation": {"hidden_act": "gelu"},
+            "eps": {"layer_norm_eps": 1e-5},
+        },
+        gains={"q_proj.weight": 1.6, "k_proj.weight": 1.6, "fc2.weight": 3.0},
+    ),
+    "phi_qk_layernorm": Family(
+        model_type="phi",
+        seed=18,
+        config={
+            "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 3, "num_key_value_heads": 1, "layer_norm_eps": 1e-5,
+            "qk_layernorm": True, "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5
+            },
+        },
+        sensitivity={"no_qk_layernorm": {"qk_layernorm": False}},
+        gains={"layernorm.weight": 1.4, "input_layernorm": 1.0 / 1.4, "final_layernorm": 1.0 / 1.4},
     ),
 }  # fmt: skip
 
@@ -133,7 +312,8 @@ def random_weight(name, shape, generator, family, model):
     if name.endswith(".bias"):
         return 0.3 * gain * noise
     if len(shape) == 1:  # a norm
-        return gain * (1 + 0.3 * noise)
+        mean = next(mean for part, mean in family.norm_means.items() if part in name)
+        return gain * (mean + 0.3 * noise)
     head = model.get_output_embeddings().weight
     if shape == head.shape and ("lm_head" in name or model.config.tie_word_embeddings):
         return gain * LOGITS_STD * shape[1] ** -0.5 * noise
