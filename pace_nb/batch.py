@@ -13,10 +13,13 @@ many), padding, storage or models.
     | positions    | int32[T]     | position of each token in its own sequence, from 0             |
     | cu_seqlens_q | int32[B+1]   | b has token_ids[cu_seqlens_q[b]:cu_seqlens_q[b+1]], never none |
     | context_lens | int32[B]     | keys that b has once this step's keys are written              |
+    | seq_lens     | int32[B]     | tokens of b known by now, prompt and generated, run or not     |
     | logits_rows  | int32[R]     | indices into T, ascending: the rows whose logits are wanted    |
 
 The last query token of a request is its last key:
-positions[cu_seqlens_q[b+1] - 1] == context_lens[b] - 1.
+positions[cu_seqlens_q[b+1] - 1] == context_lens[b] - 1. A prompt that runs in chunks has seq_lens
+above context_lens until its last chunk: rotary frequencies that depend on a sequence's length
+(longrope, dynamic) must not depend on where a prompt was cut.
 Source: the varlen form of FlashAttention and vLLM v1, as nano-vllm uses it (ANCHORS.md 1.1).
 """
 
@@ -42,6 +45,7 @@ class Batch:
     positions: Int32Array
     cu_seqlens_q: Int32Array
     context_lens: Int32Array
+    seq_lens: Int32Array
     logits_rows: Int32Array
 
     @property
@@ -55,15 +59,20 @@ class Batch:
         return len(self.token_ids)
 
     @classmethod
-    def from_spans(cls, spans: Sequence[tuple[str, int, Sequence[int], int]]) -> Batch:
+    def from_spans(
+        cls,
+        spans: Sequence[tuple[str, int, Sequence[int], int]],
+        seq_lens: Sequence[int] | None = None,
+    ) -> Batch:
         """Build a batch from one (request_id, start, token_ids, num_logits) per request.
 
         `token_ids` stand at positions start, start + 1, ... of their sequence and must not be
         empty. The logits of the last `num_logits` of them are asked for (0 for a prefill chunk that
-        does not reach the end).
+        does not reach the end). `seq_lens`, one per span, says how long each sequence is known to
+        be; without it, each ends with its span.
 
         Raises ShapeError naming the request when a span is empty, starts below 0, asks for more
-        logits than it has tokens, or when two spans name one request.
+        logits than it has tokens or ends after its sequence; or when two spans name one request.
         """
         if len({span[0] for span in spans}) != len(spans):
             raise ShapeError(f"a batch names each request once, got {[span[0] for span in spans]}")
@@ -85,11 +94,20 @@ class Batch:
             cu_seqlens_q.append(end)
             context_lens.append(start + length)
             logits_rows.extend(range(end - num_logits, end))
+        seq_lens = context_lens if seq_lens is None else seq_lens
+        if len(seq_lens) != len(spans):
+            raise ShapeError(f"a batch of {len(spans)} requests got {len(seq_lens)} seq_lens")
+        for span, context_len, seq_len in zip(spans, context_lens, seq_lens, strict=True):
+            if seq_len < context_len:
+                raise ShapeError(
+                    f"request {span[0]}: a span ends at {context_len} in a sequence of {seq_len}"
+                )
         return cls(
             request_ids=tuple(span[0] for span in spans),
             token_ids=np.array(token_ids, dtype=np.int32),
             positions=np.array(positions, dtype=np.int32),
             cu_seqlens_q=np.array(cu_seqlens_q, dtype=np.int32),
             context_lens=np.array(context_lens, dtype=np.int32),
+            seq_lens=np.array(seq_lens, dtype=np.int32),
             logits_rows=np.array(logits_rows, dtype=np.int32),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -21,8 +23,16 @@ def test_decode_and_prefill_in_one_batch():
     assert batch.positions.tolist() == [7, 0, 1, 2, 16, 17]
     assert batch.cu_seqlens_q.tolist() == [0, 1, 4, 6]
     assert batch.context_lens.tolist() == [8, 3, 18]
+    assert batch.seq_lens.tolist() == [8, 3, 18]
     assert batch.logits_rows.tolist() == [0, 4, 5]
     assert (batch.num_requests, batch.num_tokens) == (3, 6)
+
+
+def test_a_chunk_knows_how_long_its_sequence_is():
+    batch = Batch.from_spans([("chunk", 4, [1, 2], 0), ("decoding", 7, [50], 1)], [30, 8])
+
+    assert batch.context_lens.tolist() == [6, 8]
+    assert batch.seq_lens.tolist() == [30, 8] and batch.seq_lens.dtype == np.int32
 
 
 @given(
@@ -33,8 +43,9 @@ def test_every_span_can_be_read_back(spans):
         [(str(b), start, ids, len(ids) // 2) for b, (start, ids) in enumerate(spans)]
     )
 
-    for name in ("token_ids", "positions", "cu_seqlens_q", "context_lens", "logits_rows"):
-        array = getattr(batch, name)
+    arrays = [getattr(batch, field.name) for field in dataclasses.fields(batch)[1:]]
+    assert len(arrays) == 6
+    for array in arrays:
         assert array.dtype == np.int32 and array.flags.c_contiguous
     rows = iter(batch.logits_rows.tolist())
     for b, (start, ids) in enumerate(spans):
@@ -59,3 +70,10 @@ def test_every_span_can_be_read_back(spans):
 def test_spans_that_make_no_batch(spans, message):
     with pytest.raises(ShapeError, match=message):
         Batch.from_spans(spans)
+
+
+def test_a_span_cannot_end_after_its_sequence():
+    with pytest.raises(ShapeError, match="request b: a span ends at 9 in a sequence of 8"):
+        Batch.from_spans([("a", 0, [1], 1), ("b", 7, [1, 2], 1)], [1, 8])
+    with pytest.raises(ShapeError, match="a batch of 1 requests got 2 seq_lens"):
+        Batch.from_spans([("a", 0, [1], 1)], [1, 8])

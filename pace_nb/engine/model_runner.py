@@ -74,7 +74,8 @@ class ModelRunner:
                     request.num_logits(num_tokens),
                 )
                 for request, num_tokens in scheduled
-            ]
+            ],
+            [request.num_tokens for request, _ in scheduled],
         )
         return StepLogits(self, self._hidden(batch), batch)
 
@@ -100,7 +101,9 @@ class ModelRunner:
             out = self._empty_logits(len(token_ids))
             for start in range(0, len(token_ids), self._max_num_batched_tokens):
                 chunk = token_ids[start : start + self._max_num_batched_tokens]
-                batch = Batch.from_spans([(FORWARD_ID, start, chunk, len(chunk))])
+                batch = Batch.from_spans(
+                    [(FORWARD_ID, start, chunk, len(chunk))], [len(token_ids)]
+                )
                 hidden = self._hidden(batch)
                 out[start : start + len(chunk)] = self.logits(hidden, batch.logits_rows)
             return out

@@ -44,13 +44,13 @@ class Step(NamedTuple):
     batch: Batch
     kv: BatchKV
     calls: tuple[tuple[Kernel, Int32Array | None], ...]  # kernel, its sequences (None = all)
-    sequence_lens: Int32Array  # [T]: keys of the sequence each token belongs to
+    sequence_lens: Int32Array  # [T]: tokens known of each one's sequence, not only its keys
 
     @classmethod
     def of(cls, batch: Batch, kv: BatchKV) -> Step:
         """Plan a step; done once per forward pass."""
         query_lens = np.diff(batch.cu_seqlens_q)
-        sequence_lens = np.repeat(batch.context_lens, query_lens)
+        sequence_lens = np.repeat(batch.seq_lens, query_lens)
         return cls(batch, kv, _calls(query_lens), sequence_lens)
 
 

@@ -51,14 +51,6 @@ class Golden:
         self.facts = json.loads((directory / "golden.json").read_text())
         config = json.loads((directory / "config.json").read_text())
         self.experts = "num_local_experts" in config
-        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-        if rope.get("rope_type", rope.get("type")) == "longrope":
-            self.longrope_from = 1 + (
-                config.get("original_max_position_embeddings")
-                or rope["original_max_position_embeddings"]
-            )
-        else:
-            self.longrope_from = None
         with np.load(directory / "golden.npz") as arrays:
             self.arrays = dict(arrays)
         self.lengths = sorted(
@@ -71,14 +63,17 @@ class Golden:
         return 1.5 * self.facts["prompts"][str(length)]["bf16_maxdiff"]
 
 
-def forward(model, dtype, ids, chunks):
-    """logits f32[T, V] of ids fed in steps of these sizes, over a fresh cache."""
+def forward(model, dtype, ids, chunks, seq_lens=None):
+    """logits f32[T, V] of ids fed in steps of these sizes, over a fresh cache.
+
+    seq_lens: tokens known at each step; by default all of them, as of a prompt.
+    """
     ids = [int(i) for i in ids]
     room = -(-len(ids) // 16) * 16
     cache = ContiguousCache(model.kv_cache_config(dtype), CacheConfig("contiguous", room, len(ids)))
     rows, start = [], 0
-    for size in chunks:
-        batch = Batch.from_spans([("golden", start, ids[start : start + size], size)])
+    for size, seq_len in zip(chunks, seq_lens or [len(ids)] * len(chunks), strict=True):
+        batch = Batch.from_spans([("golden", start, ids[start : start + size], size)], [seq_len])
         assert cache.allocate("golden", start + size)
         hidden = model(batch, BatchKV(cache.view(batch), cache))
         rows.append(model.logits(hidden, batch.logits_rows))
@@ -88,16 +83,10 @@ def forward(model, dtype, ids, chunks):
     return np.concatenate(rows)
 
 
-def schedules(golden, length):
+def schedules(length):
     """name -> step sizes that add up to length."""
-    at_once = {"at once": [length]}
-    if golden.longrope_from and length >= golden.longrope_from:
-        # The reference rotates all 130 positions by the factors of a long sequence. A batch says
-        # how many keys a sequence has by now, not how many it is going to have, so its first
-        # chunks are rotated as those of a short one.
-        return at_once
     sevens = [7] * (length // 7) + ([length % 7] if length % 7 else [])
-    return at_once | {"chunks of 7": sevens, "token by token": [1] * length}
+    return {"at once": [length], "chunks of 7": sevens, "token by token": [1] * length}
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
@@ -134,7 +123,7 @@ def test_logits(loaded, dtype, kernels):
     for length in golden.lengths:
         ids, expected = golden.arrays[f"ids_{length}"], golden.arrays[f"logits_{length}"]
         at_once = None
-        for name, chunks in schedules(golden, length).items():
+        for name, chunks in schedules(length).items():
             found = forward(model, dtype, ids, chunks)
             error = float(np.abs(found - expected).max())
             assert error <= golden.bound(length, dtype), f"{length} tokens, {name}: {error}"
@@ -151,7 +140,8 @@ def test_greedy_tokens(loaded, dtype):
         greedy, margin = golden.arrays[f"greedy_{length}"], golden.arrays[f"greedy_margin_{length}"]
         ids = np.concatenate([golden.arrays[f"ids_{length}"], greedy[:-1]])
         chunks = [length] + [1] * (len(greedy) - 1)
-        logits = forward(model, dtype, ids, chunks)[length - 1 :]
+        known = np.cumsum(chunks).tolist()  # what follows the prompt is known step by step
+        logits = forward(model, dtype, ids, chunks, known)[length - 1 :]
         clear = margin > 2 * golden.bound(length, dtype)
         np.testing.assert_array_equal(logits.argmax(axis=1)[clear], greedy[clear])
         compared += int(clear.sum())

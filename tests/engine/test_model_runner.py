@@ -60,6 +60,7 @@ def test_requests_become_spans(make, scripted):
     assert batch.token_ids.tolist() == [10, 11, 12, 22]
     assert batch.positions.tolist() == [0, 1, 2, 2]
     assert batch.context_lens.tolist() == [3, 3]
+    assert batch.seq_lens.tolist() == [4, 3]
     assert batch.logits_rows.tolist() == [0, 1, 2, 3]
     assert len(logits) == 4
     assert logits.rows(np.array([0, 3])).tolist() == [[10] * 3, [24] * 3]
@@ -82,6 +83,7 @@ def test_forward_goes_in_chunks_and_gives_its_room_back(make):
     logits = runner.forward([5, 6, 7, 8, 9, 1])
     assert logits[:, 0].tolist() == [5, 7, 9, 11, 13, 6]
     assert [batch.num_tokens for batch in model.batches] == [4, 2]
+    assert [batch.seq_lens.tolist() for batch in model.batches] == [[6], [6]]
     assert runner.cache.num_free_tokens == 64
 
     def fail(batch, kv):

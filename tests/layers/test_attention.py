@@ -141,6 +141,12 @@ def test_the_kernel_is_chosen_by_query_length():
     assert choose_kernel(DECODE_QUERY_LEN + 1) is attention_prefill
 
 
+def test_tokens_know_the_length_of_their_whole_sequence():
+    """Not only of what is in the cache by now: a chunk must rotate as the whole prompt does."""
+    batch = Batch.from_spans([("a", 4, [0, 0], 0), ("b", 8, [0], 1)], [30, 9])
+    assert Step.of(batch, None).sequence_lens.tolist() == [30, 30, 9]
+
+
 def test_each_kernel_is_called_once_with_its_sequences():
     long = DECODE_QUERY_LEN + 5
     spans = [("a", 9, 1), ("b", 0, 2), ("c", 4, long), ("d", 0, long), ("e", 30, 1)]
