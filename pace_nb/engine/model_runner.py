@@ -101,9 +101,7 @@ class ModelRunner:
             out = self._empty_logits(len(token_ids))
             for start in range(0, len(token_ids), self._max_num_batched_tokens):
                 chunk = token_ids[start : start + self._max_num_batched_tokens]
-                batch = Batch.from_spans(
-                    [(FORWARD_ID, start, chunk, len(chunk))], [len(token_ids)]
-                )
+                batch = Batch.from_spans([(FORWARD_ID, start, chunk, len(chunk))], [len(token_ids)])
                 hidden = self._hidden(batch)
                 out[start : start + len(chunk)] = self.logits(hidden, batch.logits_rows)
             return out
