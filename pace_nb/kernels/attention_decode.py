@@ -2,7 +2,8 @@
 
     out[t, h] = softmax(scale q[t, h] . k[j, h // G], j seen by t) . v[j, h // G]
     row t of sequence b is at position context_lens[b] - (cu_seqlens_q[b + 1] - t) and sees that key
-    and the keys before it, `window` in all if window > 0
+    and the keys before it: `window` in all if window > 0, those of its own chunk of positions,
+    key // chunk == position // chunk, if chunk > 0
 
 | Array        | Shape           | Type      | Layout                                              |
 |--------------|-----------------|-----------|-----------------------------------------------------|
@@ -21,7 +22,7 @@ Does: 4 S H D FLOPs per query token; H / KVH FLOPs per byte of BF16, so bound by
 Error: see attention_rows.py; bit-equal whatever the batch, chunking, threads and cache, and equal
     to what attention_prefill gives for the same row.
 Cautions: what lies in the pool beyond a sequence's keys is never used, be it NaN; blocks that lie
-    before every window need not exist.
+    before every window or chunk need not exist.
 Source: split over keys as in Flash-Decoding (Dao et al. 2023), at fixed places; re-implements PACE
     csrc/ops/attention/slab (DECODE_GQA, DECODE_SPLITK, which there is never reached, and MTD).
 Notebook: 07 GQA decode. Ledger: attention_decode.
@@ -64,6 +65,7 @@ def attention_decode_ref(
     window: int = 0,
     sinks: Array | None = None,
     sequences: Array | None = None,
+    chunk: int = 0,
 ) -> Array:
     """attention_rows.attention_ref of each sequence over its gathered keys, float64 [T, H, D]."""
     chosen = np.arange(len(context_lens)) if sequences is None else sequences
@@ -78,6 +80,7 @@ def attention_decode_ref(
         window,
         sinks,
         chosen,
+        chunk,
     )
 
 
@@ -105,6 +108,7 @@ def _attend_kernel(
     odd,
     tokens,
     window,
+    chunk,
     scale,
     rows,
     top,
@@ -149,6 +153,7 @@ def _attend_kernel(
                                 group,
                                 contexts[b] - queries + t,
                                 window,
+                                chunk,
                                 scale,
                                 split,
                                 units[w * 4 : w * 4 + 4],
@@ -222,14 +227,15 @@ def attention_decode(
     sinks: Array | None = None,
     out: Array | None = None,
     sequences: Array | None = None,
+    chunk: int = 0,
 ) -> Array:
     """Attention of few query tokens per sequence (1 to about 64) over many keys.
 
     q [T, H, D] in the pool's dtype, all sequences' rows one after the other; block_table int64
     [B, X]; units_per_block >= 1; cu_seqlens_q [B + 1]; context_lens [B] >= the query tokens; sinks
     f32 [H]; out [T, H, D] as q, allocated if None. sequences: indices of the sequences to compute
-    (None: all); the rows of others are left as they are. Returns out. TypeError or ValueError names
-    the argument that does not fit.
+    (None: all); the rows of others are left as they are. window, chunk: at most one is not 0.
+    Returns out. TypeError or ValueError names the argument that does not fit.
     """
     given = checked(
         "attention_decode",
@@ -244,6 +250,7 @@ def attention_decode(
         sinks,
         out,
         sequences,
+        chunk,
     )
     out, chosen, queries = given.out, given.sequences, given.query_lens
     if not len(chosen):
@@ -260,6 +267,7 @@ def attention_decode(
             window,
             sinks,
             chosen,
+            chunk,
         )
         for b in chosen:
             mine = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
@@ -267,7 +275,7 @@ def attention_decode(
         return out
     d, dp, group, tokens = q.shape[2], given.padded, given.group, given.tokens
     rows = min(tokens, int(queries[chosen].max())) * group
-    first_split = first_keys(given.contexts, queries, window) // SPLIT
+    first_split = first_keys(given.contexts, queries, window, chunk) // SPLIT
     num_splits = -(-given.contexts // SPLIT) - first_split
     pieces = int((num_splits * -(-queries // tokens))[chosen].sum()) * len(pool.k)
     workers = jit.num_threads()
@@ -298,6 +306,7 @@ def attention_decode(
         given.odd,
         tokens,
         window,
+        chunk,
         float(scale),
         rows,
         top,

@@ -2,7 +2,8 @@
 
     out[t, h] = softmax(scale q[t, h] . k[j, h // G], j seen by t) . v[j, h // G]
     row t of sequence b is at position context_lens[b] - (cu_seqlens_q[b + 1] - t) and sees that key
-    and the keys before it, `window` in all if window > 0
+    and the keys before it: `window` in all if window > 0, those of its own chunk of positions,
+    key // chunk == position // chunk, if chunk > 0
 
 | Array        | Shape           | Type      | Layout                                              |
 |--------------|-----------------|-----------|-----------------------------------------------------|
@@ -21,7 +22,7 @@ Does: 4 D FLOPs per query head and visible key: 2 T^2 H D for a new prompt. 96 F
 Error: see attention_rows.py; bit-equal whatever the batch, chunking, threads and cache, and equal
     to what attention_decode gives for the same row.
 Cautions: what lies in the pool beyond a sequence's keys is never used, be it NaN; blocks that lie
-    before every window need not exist.
+    before every window or chunk need not exist.
 Source: Dao et al. 2022 (FlashAttention), with K and V kept in the layout that the register tile
     reads (kv_write.py), so nothing is packed here; re-implements PACE csrc/ops/attention/slab
     PREFILL and csrc/ops/prefill_attention.cpp (which repack K and V for every query tile).
@@ -45,6 +46,7 @@ from pace_nb.kernels.attention_rows import (
     checked,
     clear_rows,
     finish_row,
+    first_key,
     fold_row,
     gather_rows,
     has_turn,
@@ -64,6 +66,7 @@ def attention_prefill_ref(
     window: int = 0,
     sinks: Array | None = None,
     sequences: Array | None = None,
+    chunk: int = 0,
 ) -> Array:
     """attention_rows.attention_ref of each sequence over its gathered keys, float64 [T, H, D]."""
     chosen = np.arange(len(context_lens)) if sequences is None else sequences
@@ -78,6 +81,7 @@ def attention_prefill_ref(
         window,
         sinks,
         chosen,
+        chunk,
     )
 
 
@@ -103,6 +107,7 @@ def _attend_kernel(
     odd,
     tokens,
     window,
+    chunk,
     scale,
     sinks,
     out,
@@ -135,7 +140,7 @@ def _attend_kernel(
                         start = (q0 + t) * token_stride + h * group * head_stride
                         gather_rows(q, start, token_stride, head_stride, n, group, d, own)
                         clear_rows(whole_top, whole_total, whole_values, r0, n * group, dp)
-                        low = max(position + 1 - window, 0) if window > 0 else 0
+                        low = first_key(position, window, chunk)
                         for split in range(low // SPLIT, (position + n - 1) // SPLIT + 1):
                             attend_split(
                                 own,
@@ -152,6 +157,7 @@ def _attend_kernel(
                                 group,
                                 position,
                                 window,
+                                chunk,
                                 scale,
                                 split,
                                 units[w * 4 : w * 4 + 4],
@@ -205,14 +211,15 @@ def attention_prefill(
     sinks: Array | None = None,
     out: Array | None = None,
     sequences: Array | None = None,
+    chunk: int = 0,
 ) -> Array:
     """Causal attention of whole prompts or chunks of them.
 
     q [T, H, D] in the pool's dtype, all sequences' rows one after the other; block_table int64
     [B, X]; units_per_block >= 1; cu_seqlens_q [B + 1]; context_lens [B] >= the query tokens; sinks
     f32 [H]; out [T, H, D] as q, allocated if None. sequences: indices of the sequences to compute
-    (None: all); the rows of others are left as they are. Returns out. TypeError or ValueError names
-    the argument that does not fit.
+    (None: all); the rows of others are left as they are. window, chunk: at most one is not 0.
+    Returns out. TypeError or ValueError names the argument that does not fit.
     """
     given = checked(
         "attention_prefill",
@@ -227,6 +234,7 @@ def attention_prefill(
         sinks,
         out,
         sequences,
+        chunk,
     )
     out, chosen, queries = given.out, given.sequences, given.query_lens
     if not len(chosen):
@@ -243,6 +251,7 @@ def attention_prefill(
             window,
             sinks,
             chosen,
+            chunk,
         )
         for b in chosen:
             mine = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
@@ -275,6 +284,7 @@ def attention_prefill(
         given.odd,
         given.tokens,
         window,
+        chunk,
         float(scale),
         given.sinks,
         out.reshape(-1),

@@ -1,6 +1,7 @@
 """Attention of query rows to one split of the keys, and how splits become a row's result.
 
-    s[j] = scale * (q . k[j])         for the keys j that the row sees: j <= position < j + window
+    s[j] = scale * (q . k[j])         for the keys j that the row sees: j <= position < j + window,
+                                      or j <= position in the row's own chunk of positions
     m = max s,  l = sum exp(s - m),  o = sum exp(s - m) v[j]      online, KEY_BLOCK keys at a time
     out = o / l, after splits are folded in index order; a sink adds exp(sink - m) to l alone
 
@@ -91,18 +92,21 @@ def attention_ref(
     scale: float,
     window: int = 0,
     sinks: Array | None = None,
+    chunk: int = 0,
 ) -> Array:
     """softmax(scale q k^T) v, float64 [T, H, D].
 
     q [T, H, D], row t at positions[t]; k, v [S, KVH, D], key j at position j; head h uses key/value
     head h // (H / KVH). A row sees its own position and what is before, `window` keys in all if
-    window > 0. sinks [H]: raw logits that take part in the softmax and have no value.
+    window > 0, or those at position // chunk * chunk and after it if chunk > 0. sinks [H]: raw
+    logits that take part in the softmax and have no value.
     """
     q, k, v = (widen(x) for x in (q, k, v))
     k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     out = np.zeros(q.shape)
     for t, position in enumerate(positions):
-        seen = slice(max(0, position + 1 - window) if window else 0, position + 1)
+        first = max(0, position + 1 - window) if window else 0
+        seen = slice(position // chunk * chunk if chunk else first, position + 1)
         scores = scale * np.einsum("hd,shd->hs", q[t], k[seen])
         top = scores.max(axis=1) if sinks is None else np.maximum(scores.max(axis=1), sinks)
         weights = np.exp(scores - top[:, None])
@@ -122,6 +126,7 @@ def batch_attention_ref(
     window: int,
     sinks: Array | None,
     sequences: Array,
+    chunk: int,
 ) -> Array:
     """`attention_ref` of each of `sequences`, float64 [T, H, D]; zeros in the others' rows."""
     out = np.zeros(q.shape)
@@ -131,7 +136,7 @@ def batch_attention_ref(
             continue
         k, v = kv_gather_ref(pool, block_table[b], units_per_block, context)
         positions = np.arange(context - (rows.stop - rows.start), context)
-        out[rows] = attention_ref(q[rows], k, v, positions, scale, window, sinks)
+        out[rows] = attention_ref(q[rows], k, v, positions, scale, window, sinks, chunk)
     return out
 
 
@@ -287,6 +292,14 @@ def clear_rows(top, total, values, r0, rows, dp):
 
 
 @jit.device_fn
+def first_key(position, window, chunk):
+    """The first key that the token at `position` sees; it never falls as the position rises."""
+    if chunk > 0:
+        return position // chunk * chunk
+    return max(position + 1 - window, 0) if window > 0 else 0
+
+
+@jit.device_fn
 def attend_split(
     q,
     k,
@@ -302,6 +315,7 @@ def attend_split(
     group,
     position,
     window,
+    chunk,
     scale,
     split,
     units,
@@ -319,8 +333,7 @@ def attend_split(
     """
     s = per_word(v)
     clear_rows(top, total, values, r0, tokens * group, dp)
-    reach = window if window > 0 else position + tokens  # keys that a token sees, at most
-    low = max(position + 1 - reach, split * SPLIT, 0)
+    low = max(first_key(position, window, chunk), split * SPLIT)
     high = min(position + tokens, split * SPLIT + SPLIT)
     for block in range(low // KEY_BLOCK * KEY_BLOCK, high, KEY_BLOCK):
         # Units that no row sees may not exist: one that is seen is read in their place.
@@ -337,10 +350,11 @@ def attend_split(
             u2 * 16 * dp,
             u3 * 16 * dp,
         )
-        whole = position + 1 >= block + KEY_BLOCK and position + tokens - reach <= block
+        last_first = first_key(position + tokens - 1, window, chunk)
+        whole = position + 1 >= block + KEY_BLOCK and last_first <= block
         step = tokens if whole else 1
         for t in range(0, tokens, step):
-            first = max(position + t + 1 - reach - block, 0)
+            first = max(first_key(position + t, window, chunk) - block, 0)
             end = min(position + t + 1 - block, KEY_BLOCK)
             if first >= end:
                 continue
@@ -429,6 +443,7 @@ def checked(
     sinks: Array | None,
     out: Array | None,
     sequences: Array | None,
+    chunk: int,
 ) -> Given:
     """Check every argument; TypeError or ValueError names the one that does not fit."""
     require(kernel, "pool.k", pool.k, ("KVH", "U", "D / S", UNIT, "S"), STORAGE)
@@ -451,6 +466,11 @@ def checked(
         raise ValueError(f"{kernel}: scale is {scale}, expected a finite number")
     if window < 0:
         raise ValueError(f"{kernel}: window is {window}, expected 0 (none) or more")
+    if chunk < 0 or (chunk and window):
+        raise ValueError(
+            f"{kernel}: chunk is {chunk} and window {window}, expected 0 (none) or more, "
+            "and one of them 0"
+        )
     if sinks is not None:
         require(kernel, "sinks", sinks, (heads,))
     if units_per_block < 1:
@@ -481,7 +501,7 @@ def checked(
         block_table,
         units_per_block,
         in_pool,
-        first_keys(contexts, query_lens, window),
+        first_keys(contexts, query_lens, window, chunk),
         contexts,
         sequences,
     )
@@ -499,9 +519,12 @@ def checked(
     )
 
 
-def first_keys(contexts: Array, query_lens: Array, window: int) -> Array:
+def first_keys(contexts: Array, query_lens: Array, window: int, chunk: int) -> Array:
     """[B] first key that any query token of a sequence sees."""
-    return np.maximum(contexts - query_lens + 1 - window, 0) if window else np.zeros_like(contexts)
+    positions = contexts - query_lens  # of the first query tokens
+    if chunk:
+        return positions // chunk * chunk
+    return np.maximum(positions + 1 - window, 0) if window else np.zeros_like(contexts)
 
 
 def _check_table(

@@ -67,14 +67,16 @@ def _calls(query_lens: Int32Array) -> tuple[tuple[Kernel, Int32Array | None], ..
 class Attention:
     """softmax(q k^T * scale) v over the cached keys a token may see: its own position and before.
 
-    window: how many positions a token sees, itself included; 0 = all. `layer_index` names the
-    layer's cache pool.
+    window: how many positions a token sees, itself included; 0 = all. chunk: positions are cut at
+    its multiples, and a token sees what is in its own piece; 0 = uncut. At most one of them is not
+    0. `layer_index` names the layer's cache pool.
     """
 
-    def __init__(self, layer_index: int, scale: float, *, window: int = 0) -> None:
+    def __init__(self, layer_index: int, scale: float, *, window: int = 0, chunk: int = 0) -> None:
         self._layer_index = layer_index
         self._scale = scale
         self._window = window
+        self._chunk = chunk
 
     def __call__(
         self,
@@ -93,7 +95,7 @@ class Attention:
         """
         view, pool = step.kv.view, step.kv.layer(self._layer_index)
         storage = pool.k.dtype
-        queries, keys = _rotated(q, rotation, storage), _rotated(k, rotation, storage)
+        queries, keys = rotated(q, rotation, storage), rotated(k, rotation, storage)
         kv_write.kv_write(keys, v, pool, *view, step.batch.cu_seqlens_q, step.batch.context_lens)
         out = np.empty(q.shape, storage)
         for kernel, sequences in step.calls:
@@ -108,11 +110,12 @@ class Attention:
                 sinks=sinks,
                 out=out,
                 sequences=sequences,
+                chunk=self._chunk,
             )
         return out.reshape(len(out), -1)
 
 
-def _rotated(x: Float32Array, rotation: Rotation | None, storage: np.dtype[Any]) -> NDArray[Any]:
+def rotated(x: Float32Array, rotation: Rotation | None, storage: np.dtype[Any]) -> NDArray[Any]:
     """x f32[T, H, D] in storage dtype, rotated where there is a rotation; rounded once."""
     if rotation is None:
         return bf16.from_f32(x) if storage == np.uint16 else np.ascontiguousarray(x)

@@ -1,4 +1,4 @@
-"""`RMSNorm` and `LayerNorm`, with the residual addition that precedes them; `HeadRMSNorm`.
+"""`RMSNorm` and `LayerNorm`, with the residual addition before them; `HeadRMSNorm`, `HeadL2Norm`.
 
 Knows the weight, eps and the dtype of the GEMM input that follows. Does not know the arithmetic
 (`kernels/norm.py`). The residual stream is float32 and belongs to the caller; `delta` is what the
@@ -63,6 +63,19 @@ class HeadRMSNorm(Module):
         """f32[T, H, D] (a view of a fused projection) -> f32[T, H, D], its own array."""
         rows = heads.reshape(-1, self.head_dim)
         return norm.rms_norm(rows, self._weight, self.eps).reshape(heads.shape)
+
+
+class HeadL2Norm:
+    """The same without a weight, as Llama 4 normalizes queries and keys after rotating them."""
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+
+    def __call__(self, heads: Float32Array) -> Float32Array:
+        """f32[T, H, D] -> f32[T, H, D], its own array."""
+        rows = heads.reshape(-1, heads.shape[-1])
+        ones = np.ones(heads.shape[-1], np.float32)
+        return norm.rms_norm(rows, ones, self.eps).reshape(heads.shape)
 
 
 class LayerNorm(Module):

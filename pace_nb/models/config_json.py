@@ -91,6 +91,15 @@ class ConfigJson:
             raise self._wrong(field, value, "a list of numbers above 0")
         return tuple(float(item) for item in value)
 
+    def integers(self, field: str) -> tuple[int, ...]:
+        """A list of integers from 0; empty where the field is absent or null."""
+        value = self._value(field, [], "a list of integers from 0")
+        if type(value) is not list or not all(
+            type(item) is int and 0 <= item <= MAX_SIZE for item in value
+        ):
+            raise self._wrong(field, value, "a list of integers from 0")
+        return tuple(value)
+
     def section(self, field: str) -> ConfigJson:
         """The nested object; an empty one where the field is absent or null."""
         value = self._value(field, {}, "an object")
@@ -112,9 +121,9 @@ class ConfigJson:
         """True where the object has no fields."""
         return not self._values
 
-    def num_hidden_layers(self) -> int:
-        """`num_hidden_layers`; at most the checkpoint's tensors: nobody builds 10**9 shells."""
-        return self.integer("num_hidden_layers", maximum=max(1, len(self._tensor_names)))
+    def num_hidden_layers(self, field: str = "num_hidden_layers") -> int:
+        """`field`; at most the checkpoint's tensors: nobody builds 10**9 shells."""
+        return self.integer(field, maximum=max(1, len(self._tensor_names)))
 
     def tie_word_embeddings(self, default: bool) -> bool:
         """True where the field says so, or where the checkpoint has no `lm_head.weight`."""
@@ -141,24 +150,31 @@ class ConfigJson:
         return count
 
     def layer_windows(
-        self, num_layers: int, window: int | None, first_sliding: int
+        self,
+        num_layers: int,
+        window: int | None,
+        first_sliding: int,
+        *,
+        kind: str = "sliding_attention",
+        size: str = "sliding_window",
     ) -> tuple[int, ...]:
         """Positions that each layer sees, 0 = all: `layer_types` where it is given, else the layers
-        from `first_sliding` on slide. `window` None: no layer may."""
+        from `first_sliding` on slide. `window` None: no layer may. `kind` is what layer_types calls
+        a layer that does not see all, `size` the field that `window` was read from."""
         listed = self._values.get("layer_types")
         if listed is None:
-            sliding = [window is not None and i >= first_sliding for i in range(num_layers)]
+            limited = [window is not None and i >= first_sliding for i in range(num_layers)]
         elif type(listed) is not list or len(listed) != num_layers:
             raise self._wrong("layer_types", listed, f"a list of {num_layers} strings")
         else:
-            known = ("full_attention", "sliding_attention")
+            known = ("full_attention", kind)
             for item in listed:
                 if item not in known:
                     raise self._wrong("layer_types", item, " or ".join(known))
-            sliding = [item == "sliding_attention" for item in listed]
-        if any(sliding) and window is None:
-            raise self._wrong("sliding_window", None, "a window, for layer_types has sliding ones")
-        return tuple((window or 0) if slides else 0 for slides in sliding)
+            limited = [item == kind for item in listed]
+        if any(limited) and window is None:
+            raise self._wrong(size, None, f"a window, for layer_types has {kind}")
+        return tuple((window or 0) if limit else 0 for limit in limited)
 
     def rope_parameters(
         self,

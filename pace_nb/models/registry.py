@@ -27,9 +27,12 @@ from pace_nb.models.config_json import ConfigJson
 # architecture string of config.json -> module in this package; the class has the architecture's
 # name.
 ARCHITECTURES = {
+    "GPTJForCausalLM": "gptj",
     "GptOssForCausalLM": "gpt_oss",
     "Gemma3ForCausalLM": "gemma3",
     "Gemma3ForConditionalGeneration": "gemma3",
+    "Llama4ForCausalLM": "llama4",
+    "Llama4ForConditionalGeneration": "llama4",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "Phi3ForCausalLM": "phi3",
