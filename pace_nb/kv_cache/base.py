@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 
 from pace_nb.batch import Batch
 from pace_nb.errors import ConfigError, OutOfMemoryError
+from pace_nb.kernels.kv_write import UNIT, KVPool, new_pool
 
-UNIT = 16
+__all__ = ["UNIT", "BatchKV", "KVCache", "KVCacheConfig", "KVPool", "KVView"]
 
 
 @dataclass(frozen=True)
@@ -79,25 +80,15 @@ class KVCacheConfig:
 
         OutOfMemoryError where the system refuses even that.
         """
-        s, kvh = self.pair, self.num_kv_heads
-        k_shape = (kvh, num_units, self.head_dim // s, UNIT, s)
-        v_shape = (kvh, num_units, UNIT // s, self.padded_head_dim, s)
         try:
             return tuple(
-                KVPool(np.zeros(k_shape, self.storage_dtype), np.zeros(v_shape, self.storage_dtype))
+                new_pool(num_units, self.num_kv_heads, self.head_dim, self.storage_dtype)
                 for _ in range(self.num_layers)
             )
         except MemoryError as error:
             raise OutOfMemoryError(
                 f"no memory for a KV cache of {num_units * self.bytes_per_unit} bytes"
             ) from error
-
-
-class KVPool(NamedTuple):
-    """One layer's keys and values; the layout is in the module docstring."""
-
-    k: NDArray[Any]
-    v: NDArray[Any]
 
 
 class KVView(NamedTuple):
@@ -119,7 +110,7 @@ class BatchKV(NamedTuple):
 
 
 class KVCache(Protocol):
-    """Storage of keys and values by request id; tests/kv_cache/test_conformance.py is its law."""
+    """Storage of keys and values by request id; tests/kv_cache/test_base.py is its law."""
 
     @property
     def num_total_tokens(self) -> int:
