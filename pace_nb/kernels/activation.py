@@ -210,7 +210,8 @@ def activation(
     if jit.use_reference():
         out[...] = narrow(activation_ref(x, kind), out.dtype)
     else:
-        _activation_kernel(*flat_rows(x), KINDS[kind], out.reshape(-1), *x.shape)
+        with jit.threads_for(x.nbytes):
+            _activation_kernel(*flat_rows(x), KINDS[kind], out.reshape(-1), *x.shape)
     return out
 
 
@@ -224,7 +225,8 @@ def gated_activation(
     if jit.use_reference():
         out[...] = narrow(gated_activation_ref(gate_up, kind), out.dtype)
     else:
-        _gated_activation_kernel(*flat_rows(gate_up), KINDS[kind], out.reshape(-1), *shape)
+        with jit.threads_for(gate_up.nbytes):
+            _gated_activation_kernel(*flat_rows(gate_up), KINDS[kind], out.reshape(-1), *shape)
     return out
 
 
@@ -250,7 +252,8 @@ def clamped_swiglu(
     if jit.use_reference():
         out[...] = narrow(clamped_swiglu_ref(gate_up, alpha, limit), out.dtype)
     else:
-        _clamped_swiglu_kernel(
-            *flat_rows(gate_up), float(alpha), float(limit), out.reshape(-1), *shape
-        )
+        with jit.threads_for(gate_up.nbytes):
+            _clamped_swiglu_kernel(
+                *flat_rows(gate_up), float(alpha), float(limit), out.reshape(-1), *shape
+            )
     return out

@@ -249,15 +249,16 @@ def gemm(
         np.empty(0, np.float32) if bias is None else np.pad(bias, (0, n_pad)) if n_pad else bias
     )
     flat = np.ascontiguousarray(x).reshape(-1)
-    _gemm_kernel(
-        flat,
-        weight.data,
-        np.ascontiguousarray(padded),
-        out.reshape(-1),
-        *x.shape[:1],
-        weight.n,
-        x.shape[1],
-    )
+    with jit.threads_for(weight.data.nbytes * -(-len(x) // MR)):
+        _gemm_kernel(
+            flat,
+            weight.data,
+            np.ascontiguousarray(padded),
+            out.reshape(-1),
+            *x.shape[:1],
+            weight.n,
+            x.shape[1],
+        )
     return out
 
 
@@ -272,5 +273,6 @@ def gather_rows(weight: PackedWeight, ids: Array) -> Array:
     if jit.use_reference():
         return narrow(gather_rows_ref(weight, ids), np.float32)
     rows = np.empty((len(ids), weight.k), weight.data.dtype)
-    _gather_rows_kernel(weight.data, np.ascontiguousarray(ids), rows.reshape(-1), weight.k)
+    with jit.threads_for(rows.nbytes):
+        _gather_rows_kernel(weight.data, np.ascontiguousarray(ids), rows.reshape(-1), weight.k)
     return narrow(widen(rows), np.float32)

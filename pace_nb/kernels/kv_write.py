@@ -268,16 +268,17 @@ def kv_write(
         kv_write_ref(k, v, pool, block_table, units_per_block, cu_seqlens_q, context_lens)
         return
     heads, in_pool, words, _, s = pool.k.shape
-    _kv_write_kernel(
-        *flat_heads(k),
-        *flat_heads(v),
-        pool.k.reshape(-1),
-        pool.v.reshape(-1),
-        heads,
-        words * s,
-        pool.v.shape[3],
-        s,
-        len(rows),
-        in_pool,
-        rows.reshape(-1),
-    )
+    with jit.threads_for(2 * k.nbytes):
+        _kv_write_kernel(
+            *flat_heads(k),
+            *flat_heads(v),
+            pool.k.reshape(-1),
+            pool.v.reshape(-1),
+            heads,
+            words * s,
+            pool.v.shape[3],
+            s,
+            len(rows),
+            in_pool,
+            rows.reshape(-1),
+        )

@@ -204,5 +204,6 @@ def combine(c: Array, place: Array, scale: Array) -> Array:
     y = np.empty((len(place), c.shape[1]), np.float32)
     flat_place, flat_scale = (np.ascontiguousarray(a).reshape(-1) for a in (place, scale))
     flat = np.ascontiguousarray(c).reshape(-1)
-    _combine_kernel(flat, flat_place, flat_scale, *place.shape, y.reshape(-1), c.shape[1])
+    with jit.threads_for(c.nbytes):
+        _combine_kernel(flat, flat_place, flat_scale, *place.shape, y.reshape(-1), c.shape[1])
     return y

@@ -229,7 +229,10 @@ def rms_norm(
         out[...] = narrow(rms_norm_ref(x, weight, eps), out.dtype)
     else:
         flat, stride = flat_rows(x)
-        _rms_norm_kernel(flat, stride, np.ascontiguousarray(weight), eps, out.reshape(-1), *x.shape)
+        with jit.threads_for(x.nbytes):
+            _rms_norm_kernel(
+                flat, stride, np.ascontiguousarray(weight), eps, out.reshape(-1), *x.shape
+            )
     return out
 
 
@@ -253,15 +256,16 @@ def add_rms_norm(
         out[...] = narrow(normed, out.dtype)
     else:
         flat, stride = flat_rows(x)
-        _add_rms_norm_kernel(
-            flat,
-            stride,
-            residual.reshape(-1),
-            np.ascontiguousarray(weight),
-            eps,
-            out.reshape(-1),
-            *x.shape,
-        )
+        with jit.threads_for(3 * residual.nbytes):
+            _add_rms_norm_kernel(
+                flat,
+                stride,
+                residual.reshape(-1),
+                np.ascontiguousarray(weight),
+                eps,
+                out.reshape(-1),
+                *x.shape,
+            )
     return out
 
 
@@ -280,9 +284,10 @@ def layer_norm(
     else:
         flat, stride = flat_rows(x)
         shift = np.zeros_like(weight) if bias is None else np.ascontiguousarray(bias)
-        _layer_norm_kernel(
-            flat, stride, np.ascontiguousarray(weight), shift, eps, out.reshape(-1), *x.shape
-        )
+        with jit.threads_for(x.nbytes):
+            _layer_norm_kernel(
+                flat, stride, np.ascontiguousarray(weight), shift, eps, out.reshape(-1), *x.shape
+            )
     return out
 
 
@@ -305,14 +310,15 @@ def add_layer_norm(
     else:
         flat, stride = flat_rows(x)
         shift = np.zeros_like(weight) if bias is None else np.ascontiguousarray(bias)
-        _add_layer_norm_kernel(
-            flat,
-            stride,
-            residual.reshape(-1),
-            np.ascontiguousarray(weight),
-            shift,
-            eps,
-            out.reshape(-1),
-            *x.shape,
-        )
+        with jit.threads_for(3 * residual.nbytes):
+            _add_layer_norm_kernel(
+                flat,
+                stride,
+                residual.reshape(-1),
+                np.ascontiguousarray(weight),
+                shift,
+                eps,
+                out.reshape(-1),
+                *x.shape,
+            )
     return out

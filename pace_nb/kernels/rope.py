@@ -143,14 +143,15 @@ def rope(
     if jit.use_reference():
         out[...] = narrow(rope_ref(x, positions, cos, sin, interleaved), out.dtype)
     else:
-        _rope_kernel(
-            *flat_heads(x),
-            np.ascontiguousarray(positions),
-            np.ascontiguousarray(cos).reshape(-1),
-            np.ascontiguousarray(sin).reshape(-1),
-            cos.shape[1],
-            bool(interleaved),
-            out.reshape(-1),
-            *x.shape,
-        )
+        with jit.threads_for(x.nbytes):
+            _rope_kernel(
+                *flat_heads(x),
+                np.ascontiguousarray(positions),
+                np.ascontiguousarray(cos).reshape(-1),
+                np.ascontiguousarray(sin).reshape(-1),
+                cos.shape[1],
+                bool(interleaved),
+                out.reshape(-1),
+                *x.shape,
+            )
     return out

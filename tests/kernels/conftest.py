@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pace_nb.kernels import jit
 from pace_nb.kernels.attention_rows import SPLIT, attention_ref
 from pace_nb.kernels.bf16 import from_f32, widen
 from pace_nb.kernels.kv_write import KVPool, new_pool
@@ -189,3 +190,9 @@ class Scenario:
 def scenario() -> Any:
     """Makes a Scenario."""
     return Scenario.make
+
+
+@pytest.fixture(autouse=True)
+def _every_call_uses_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small arrays would be left to one thread (`jit.threads_for`), and races would go unseen."""
+    monkeypatch.setattr(jit, "SMALL", 0)

@@ -459,3 +459,18 @@ def test_the_machine_is_described_in_one_line() -> None:
         assert ("512-bit" in line) == ("avx512f" in features)
         assert ("vdpbf16ps (" in line or "with vdpbf16ps" in line) == ("avx512bf16" in features)
         assert jit.threading_layer() in ("omp", "tbb", "workqueue", "default")
+
+
+@pytest.mark.skipif(jit.num_threads() < 2, reason="one thread allowed")
+def test_few_bytes_are_left_to_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "SMALL", 1000)
+    threads = jit.num_threads()
+    with jit.threads_for(1000):
+        assert jit.num_threads() == threads
+    with pytest.raises(KeyError), jit.threads_for(999):
+        assert jit.num_threads() == 1
+        with jit.threads_for(5):
+            assert jit.num_threads() == 1
+        assert jit.num_threads() == 1
+        raise KeyError
+    assert jit.num_threads() == threads
