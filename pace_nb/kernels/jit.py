@@ -109,9 +109,9 @@ def set_num_threads(n: int) -> None:
         numba.set_num_threads(n)
 
 
-# Bytes below which one thread is done before others are awake: a parallel region costs 2 to 5 us,
-# more when the cores are busy, and a thread moves 256 KiB within its caches in about that time.
-SMALL = 256 << 10
+# Bytes below which other threads are not worth waking: a thread moves 1 MiB within its caches in
+# about 10 us, a parallel region costs 2 to 5 us, and milliseconds when another process has the core.
+SMALL = 1 << 20
 
 
 class threads_for:
