@@ -110,7 +110,7 @@ def set_num_threads(n: int) -> None:
 
 
 # Bytes below which other threads are not worth waking: a thread moves 1 MiB within its caches in
-# about 10 us, a parallel region costs 2 to 5 us, and milliseconds when another process has the core.
+# about 10 us; a parallel region costs 2 to 5 us, and milliseconds where the cores are busy.
 SMALL = 1 << 20
 
 
