@@ -14,7 +14,7 @@ from typing import Literal
 from pace_nb.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float32")
-KV_CACHE_KINDS = ("contiguous",)
+KV_CACHE_KINDS = ("contiguous", "slab", "paged")
 KERNELS = ("numba", "reference")
 
 
@@ -37,8 +37,19 @@ class EngineConfig:
             gets what is left.
         enable_chunked_prefill: A prompt that exceeds what is left of the budget runs in pieces.
             Off: a prompt runs whole, and the first prompt of a step may exceed the budget.
-        kv_cache: How keys and values are stored.
+        kv_cache: How keys and values are stored; what comes out is the same to the bit.
+            "contiguous" keeps a sequence in one piece and copies it when it cannot grow there.
+            "slab" keeps it in large blocks. "paged", the default, keeps it in small ones, which
+            sequences with the same beginning share: nothing is ever copied to grow, at most a block
+            per sequence is wasted, and a beginning that was computed once (a system prompt, the
+            conversation so far, the prompt of n completions) is not computed again. The kernels
+            read units of 16 tokens whatever the kind, so the others gain nothing over it but their
+            simplicity.
         kv_cache_memory_bytes: Size of the KV pool; None takes it from the available memory.
+        block_size: Tokens of a block, a multiple of 16. None is 16 for "paged", so that as little
+            as possible is left out when beginnings are compared, and for "slab" what fits a quarter
+            of L2. "contiguous" has no blocks.
+        enable_prefix_caching: Share beginnings. None is on for "paged"; the others cannot.
         kernels: "numba" is compiled; "reference" is the whole engine in plain NumPy.
         seed: Of the engine. Requests without a seed of their own draw one from it, in order of
             arrival.
@@ -56,8 +67,10 @@ class EngineConfig:
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
     enable_chunked_prefill: bool = True
-    kv_cache: str = "contiguous"
+    kv_cache: str = "paged"
     kv_cache_memory_bytes: int | None = None
+    block_size: int | None = None
+    enable_prefix_caching: bool | None = None
     kernels: Literal["numba", "reference"] = "numba"
     seed: int = 0
     num_threads: int | None = None
@@ -81,6 +94,22 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_memory_bytes", "num_threads"):
             if getattr(self, name) is not None:
                 _expect_positive(name, getattr(self, name))
+        if self.block_size is not None:
+            _expect_block_size(self.block_size)
+            if self.kv_cache == "contiguous":
+                raise ConfigError(
+                    f"block_size is {self.block_size}, expected None for kv_cache 'contiguous', "
+                    "which has no blocks"
+                )
+        if not isinstance(self.enable_prefix_caching, bool | None):
+            raise ConfigError(
+                f"enable_prefix_caching must be a bool or None, got {self.enable_prefix_caching!r}"
+            )
+        if self.enable_prefix_caching and self.kv_cache != "paged":
+            raise ConfigError(
+                f"enable_prefix_caching is True, expected False or None for kv_cache "
+                f"{self.kv_cache!r}: only 'paged' shares blocks"
+            )
         if not _is_int(self.seed):
             raise ConfigError(f"seed must be an int, got {self.seed!r}")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -94,6 +123,11 @@ class EngineConfig:
         """`dtype`, decided."""
         return "bfloat16" if self.dtype == "auto" else self.dtype
 
+    @property
+    def prefix_caching(self) -> bool:
+        """`enable_prefix_caching`, decided."""
+        return self.kv_cache == "paged" and self.enable_prefix_caching is not False
+
 
 @dataclass(frozen=True)
 class CacheConfig:
@@ -101,23 +135,30 @@ class CacheConfig:
 
     Attributes:
         kind: One of KV_CACHE_KINDS.
-        num_tokens: Tokens that the pool holds, all requests together; a multiple of 16.
+        num_tokens: Tokens that the pool holds, all requests together; a multiple of block_size.
         max_model_len: Longest sequence; it sets how far a contiguous sequence grows at a time.
+        block_size: Tokens of a block, a multiple of 16; for "contiguous" always 16.
+        enable_prefix_caching: Share beginnings, where the kind can.
 
     Raises:
-        ConfigError: for a size that is not positive or not a multiple of 16.
+        ConfigError: for a size that is not positive or not such a multiple.
     """
 
     kind: str
     num_tokens: int
     max_model_len: int
+    block_size: int = 16
+    enable_prefix_caching: bool = False
 
     def __post_init__(self) -> None:
         _expect_choice("kind", self.kind, KV_CACHE_KINDS)
         _expect_positive("num_tokens", self.num_tokens)
         _expect_positive("max_model_len", self.max_model_len)
-        if self.num_tokens % 16:
-            raise ConfigError(f"num_tokens must be a multiple of 16, got {self.num_tokens}")
+        _expect_block_size(self.block_size)
+        if self.num_tokens % self.block_size:
+            raise ConfigError(
+                f"num_tokens must be a multiple of {self.block_size}, got {self.num_tokens}"
+            )
 
 
 def _is_int(value: object) -> bool:
@@ -127,6 +168,11 @@ def _is_int(value: object) -> bool:
 def _expect_positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name} must be an int >= 1, got {value!r}")
+
+
+def _expect_block_size(value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 16 or value % 16:
+        raise ConfigError(f"block_size must be a positive multiple of 16, got {value!r}")
 
 
 def _expect_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

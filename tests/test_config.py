@@ -13,7 +13,7 @@ from pace_nb.errors import ConfigError
 def test_defaults_are_valid_and_frozen():
     config = EngineConfig()
 
-    assert (config.dtype, config.kernels, config.kv_cache) == ("auto", "numba", "contiguous")
+    assert (config.dtype, config.kernels, config.kv_cache) == ("auto", "numba", "paged")
     assert config.enable_chunked_prefill
     assert config.max_num_batched_tokens >= config.max_num_seqs
     with pytest.raises(FrozenInstanceError):
@@ -39,6 +39,13 @@ def test_auto_dtype_is_bfloat16():
         ("kernels", "cuda"),
         ("kv_cache", "dynamic"),
         ("enable_chunked_prefill", 1),
+        ("enable_prefix_caching", 1),
+        ("enable_prefix_caching", "no"),
+        ("block_size", 0),
+        ("block_size", 24),
+        ("block_size", -16),
+        ("block_size", True),
+        ("block_size", 16.0),
         ("max_num_seqs", 0),
         ("max_num_seqs", None),
         ("max_num_batched_tokens", -5),
@@ -64,10 +71,34 @@ def test_a_budget_below_one_token_per_request():
         EngineConfig(max_num_batched_tokens=8, max_num_seqs=9)
 
 
+def test_only_the_paged_cache_shares_beginnings():
+    assert EngineConfig().prefix_caching
+    assert EngineConfig(enable_prefix_caching=True).prefix_caching
+    assert not EngineConfig(enable_prefix_caching=False).prefix_caching
+    for kind in ("contiguous", "slab"):
+        assert not EngineConfig(kv_cache=kind).prefix_caching
+        assert not EngineConfig(kv_cache=kind, enable_prefix_caching=False).prefix_caching
+        with pytest.raises(ConfigError, match=f"enable_prefix_caching is True, .* '{kind}': only"):
+            EngineConfig(kv_cache=kind, enable_prefix_caching=True)
+
+
+def test_a_contiguous_cache_has_no_blocks():
+    assert EngineConfig(kv_cache="slab", block_size=48).block_size == 48
+    with pytest.raises(ConfigError, match="block_size is 16, expected None for kv_cache 'contig"):
+        EngineConfig(kv_cache="contiguous", block_size=16)
+
+
 @pytest.mark.parametrize(
-    "kind, num_tokens, max_model_len",
-    [("none", 16, 16), ("contiguous", 0, 16), ("contiguous", 17, 16), ("contiguous", 16, 0)],
+    "kind, num_tokens, max_model_len, block_size",
+    [
+        ("none", 16, 16, 16),
+        ("contiguous", 0, 16, 16),
+        ("contiguous", 17, 16, 16),
+        ("contiguous", 16, 0, 16),
+        ("slab", 48, 16, 32),
+        ("paged", 48, 16, 24),
+    ],
 )
-def test_a_cache_size_that_cannot_be(kind, num_tokens, max_model_len):
+def test_a_cache_size_that_cannot_be(kind, num_tokens, max_model_len, block_size):
     with pytest.raises(ConfigError):
-        CacheConfig(kind, num_tokens, max_model_len)
+        CacheConfig(kind, num_tokens, max_model_len, block_size)

@@ -153,5 +153,6 @@ class Submission:
             prompt_logprobs=first.prompt_logprobs(),
             outputs=outputs,
             finished=self.finished,
+            num_cached_tokens=first.request.num_cached_tokens,
             metrics=first.request.metrics,
         )

@@ -100,6 +100,9 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, expected at most {self.max_model_len - 1}: "
                 f"prompt and output share a context of {self.max_model_len} (max_model_len)"
             )
+        salt = request.cache_salt
+        if salt is not None and (not isinstance(salt, str) or not salt):
+            raise InvalidRequestError(f"cache_salt is {salt!r}, expected a non-empty string")
         # The last token that is generated is never computed, so it needs no room.
         needed = len(prompt) + request.max_tokens - 1
         if needed > self._cache.num_total_tokens:
@@ -198,6 +201,13 @@ class Engine:
                 request.max_tokens,
             )
             request.token_ids += result.token_ids[:num_kept]
+            # Its logits are finite, and they have seen all it has stored.
+            self._cache.commit(
+                request.request_id,
+                request.token_ids,
+                request.num_computed_tokens,
+                request.cache_salt,
+            )
             if request.logprobs is not None:
                 request.logprobs += result.logprobs[:num_kept]
             request.metrics.last_token_time = time.monotonic()

@@ -40,10 +40,12 @@ class Request:
         metrics: When things happened.
         eos_token_ids: The model's end tokens.
         bad_words_token_ids: `params.bad_words` as token ids, one sequence per spelling.
+        cache_salt: Its keys and values are shared only with requests of the same salt.
         seed: Of its random numbers; set by the engine where `params.seed` is None.
         arrival: Its number in order of arrival, set by the engine.
         token_ids: The prompt, then what was generated.
         num_computed_tokens: How many of them have keys and values in the cache.
+        num_cached_tokens: How many of its prompt it did not compute: the cache had them.
         num_preemptions: How often it lost its cache to an older request.
         logprobs: One dict per generated token, where asked for.
         prompt_logprobs: One entry per prompt token so far, the first None, where asked for.
@@ -58,11 +60,13 @@ class Request:
     metrics: RequestMetrics
     eos_token_ids: frozenset[int] = frozenset()
     bad_words_token_ids: Sequence[Sequence[int]] = ()
+    cache_salt: str | None = None
     seed: int = 0
     arrival: int = 0
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
     num_preemptions: int = 0
     logprobs: list[TokenLogprobs] | None = field(init=False)
     prompt_logprobs: list[TokenLogprobs | None] | None = field(init=False)
@@ -99,6 +103,16 @@ class Request:
     def num_behind(self) -> int:
         """Tokens that the model has yet to compute before the next one can be sampled."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """Tokens, from the first, whose logits nobody needs: the cache may have them already.
+
+        All but the last; with `prompt_logprobs`, those before the first row of `num_logits`.
+        """
+        if self.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt_tokens:
+            return self.num_tokens - 1
+        return len(self.prompt_logprobs) - 1
 
     def num_logits(self, num_tokens: int) -> int:
         """Of the next `num_tokens` to be computed, how many at the end need logits.

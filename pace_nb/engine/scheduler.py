@@ -11,6 +11,11 @@ A step has `max_num_batched_tokens` to give away:
 2. What is left goes to waiting requests, first come, first served, while fewer than `max_num_seqs`
    run and the cache has room for all the tokens they have now.
 
+What the cache has of a request's tokens already, computed for another request with the same
+beginning, counts as computed. It is asked when a request is admitted and again in each step in
+which the request is behind: requests that came together may share what the first of them has
+computed by now.
+
 With chunked prefill a request takes what is left of the budget and goes on in the next step.
 Without it a prompt runs whole or waits, and the first one of a step may exceed the budget.
 
@@ -65,6 +70,9 @@ class Scheduler:
         scheduled: list[Scheduled] = []
         budget = self._max_num_batched_tokens
 
+        for request in self.running:
+            if request.num_behind > 1:
+                self._reuse(request)
         for request in sorted(self.running, key=lambda request: request.num_behind > 1):
             num_tokens = self._share(request, budget, scheduled)
             # A request that prefills has room for all its tokens since it was admitted. So only the
@@ -76,10 +84,12 @@ class Scheduler:
                     break
                 self._preempt(self.running[-1])
 
-        while self.waiting and len(self.running) < self._max_num_seqs:
+        while self.waiting and len(self.running) < self._max_num_seqs and budget > 0:
             request = self.waiting[0]
+            self._reuse(request)
             num_tokens = self._share(request, budget, scheduled)
             if not num_tokens or not self._cache.allocate(request.request_id, request.num_tokens):
+                self._begin_anew(request)
                 break
             self.running.append(self.waiting.pop(0))
             request.status = RequestStatus.RUNNING
@@ -105,14 +115,30 @@ class Scheduler:
             return min(wanted, max(budget, 0))
         return 0 if any(num_tokens > 1 for _, num_tokens in scheduled) else wanted
 
+    def _reuse(self, request: Request) -> None:
+        """Bring the request forward by what the cache has of its tokens already."""
+        found = self._cache.reuse(
+            request.request_id, request.token_ids, request.num_reusable_tokens, request.cache_salt
+        )
+        if found > request.num_computed_tokens:
+            if not request.num_generated_tokens:
+                request.num_cached_tokens += found - request.num_computed_tokens
+            request.num_computed_tokens = found
+
     def _preempt(self, request: Request) -> None:
-        """Take the room of a running request; it waits in its old place and begins anew."""
+        """Take the room of a running request; it waits in its old place."""
         self.running.remove(request)
-        self._cache.free(request.request_id)
+        self._begin_anew(request)
         request.status = RequestStatus.WAITING
-        request.num_computed_tokens = 0
         request.num_preemptions += 1
         insort(self.waiting, request, key=_arrival)
+
+    def _begin_anew(self, request: Request) -> None:
+        """Take all the room of a request: nothing of it is computed any more."""
+        self._cache.free(request.request_id)
+        request.num_computed_tokens = 0
+        if not request.num_generated_tokens:
+            request.num_cached_tokens = 0
 
 
 def _arrival(request: Request) -> int:

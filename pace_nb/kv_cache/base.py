@@ -16,10 +16,22 @@ The token at position p of the b-th request of a batch lives in
 
 The pool starts as zeros (pages that were never written cost no memory), but what an unused slot
 holds means nothing: kernels must give masked keys and values no say, whatever is stored there.
+
+Three kinds. They differ in where a sequence lies and in nothing that comes out:
+
+    contiguous   one unbroken range of units per sequence, moved when it cannot grow where it is
+    slab         blocks from one pool, each owned by one sequence
+    paged        blocks that sequences with a common beginning share (prefix caching)
+
+Prefix caching needs to know which tokens a block holds. So a cache is told twice: `reuse`, when a
+request is behind, asks what is there of its tokens already; `commit`, when the model has computed
+tokens and what it gave was sound, says that others may use them. Kinds that share nothing answer 0
+and do nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -30,12 +42,24 @@ from pace_nb.batch import Batch
 from pace_nb.errors import ConfigError, OutOfMemoryError
 from pace_nb.kernels.kv_write import UNIT, KVPool, new_pool
 
-__all__ = ["UNIT", "BatchKV", "KVCache", "KVCacheConfig", "KVPool", "KVView"]
+__all__ = [
+    "UNIT",
+    "BatchKV",
+    "KVCache",
+    "KVCacheConfig",
+    "KVPool",
+    "KVView",
+    "view_of",
+    "zero_units",
+]
 
 
 @dataclass(frozen=True)
 class KVCacheConfig:
     """What a model needs to have cached; dtype is "bfloat16" or "float32".
+
+    keys_by_length: the keys of a token depend on more than the tokens up to it, namely on how long
+    its sequence is (longrope, dynamic NTK). Then two sequences cannot share their beginning.
 
     Raises ConfigError for values that no cache can have.
     """
@@ -44,6 +68,7 @@ class KVCacheConfig:
     num_kv_heads: int
     head_dim: int
     dtype: str
+    keys_by_length: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in ("bfloat16", "float32"):
@@ -109,6 +134,37 @@ class BatchKV(NamedTuple):
         return self.cache.layer(index)
 
 
+def view_of(
+    batch: Batch,
+    tables: Mapping[str, Sequence[int]],
+    num_tokens: Mapping[str, int],
+    units_per_block: int,
+) -> KVView:
+    """The view of a batch, from each request's first-unit numbers and the tokens it has room for.
+
+    RuntimeError if a request has no room for its context: its keys would go where others' lie.
+    """
+    rows = []
+    for request_id, context_len in zip(batch.request_ids, batch.context_lens.tolist(), strict=True):
+        room = num_tokens.get(request_id, 0)
+        if context_len > room:
+            raise RuntimeError(
+                f"request {request_id} needs room for {context_len} tokens, has {room}"
+            )
+        rows.append(tables[request_id])
+    block_table = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int64)
+    for out, row in zip(block_table, rows, strict=True):
+        out[: len(row)] = row
+    return KVView(block_table, units_per_block)
+
+
+def zero_units(layers: Sequence[KVPool], first: int, end: int) -> None:
+    """Overwrite units first .. end - 1 of every layer with zeros."""
+    for pool in layers:
+        pool.k[:, first:end] = 0
+        pool.v[:, first:end] = 0
+
+
 class KVCache(Protocol):
     """Storage of keys and values by request id; tests/kv_cache/test_base.py is its law."""
 
@@ -118,7 +174,7 @@ class KVCache(Protocol):
 
     @property
     def num_free_tokens(self) -> int:
-        """Tokens in units that nobody owns."""
+        """Tokens in units that nobody owns, those that are only kept for `reuse` included."""
 
     def allocate(self, request_id: str, num_tokens: int) -> bool:
         """Give the request room for `num_tokens` in total, keeping what it has stored.
@@ -133,7 +189,26 @@ class KVCache(Protocol):
     def free(self, request_id: str, *, zero: bool = False) -> None:
         """Give back all the request owns (unknown ids: nothing).
 
-        zero: overwrite it first, where it may hold NaN.
+        zero: it failed and may have stored NaN. What it alone owns is overwritten, and nobody will
+        `reuse` anything it had, so that a request that comes again is computed again.
+        """
+
+    def reuse(
+        self, request_id: str, token_ids: Sequence[int], num_tokens: int, salt: str | None
+    ) -> int:
+        """Give the request what is stored of the first `num_tokens` of its `token_ids`.
+
+        Returns how many tokens, from the first, it need not compute (it may itself have computed
+        more). For a request that is new, then before `allocate`, or behind; room it has, it keeps.
+        Only what was committed with the same salt is found.
+        """
+
+    def commit(
+        self, request_id: str, token_ids: Sequence[int], num_tokens: int, salt: str | None
+    ) -> None:
+        """Say that what the request has stored for its first `num_tokens` is sound and final.
+
+        `token_ids` begins with these tokens; it is read here and not kept.
         """
 
     def view(self, batch: Batch) -> KVView:

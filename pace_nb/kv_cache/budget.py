@@ -2,7 +2,7 @@
 
 Knows where the system says how much memory there is. Does not know what is done with the pool.
 
-    tokens = min(memory // bytes per unit of 16, max_num_seqs * units of max_model_len) * 16
+    tokens = min(memory // bytes per block, max_num_seqs * blocks of max_model_len) * block size
 
 Memory is what was asked for, else three quarters of what is available once the weights are loaded:
 the rest is for activations, logits and everybody else. Available is the smaller of what the machine
@@ -19,6 +19,7 @@ from typing import NamedTuple
 from pace_nb.config import CacheConfig, EngineConfig
 from pace_nb.errors import ConfigError, OutOfMemoryError
 from pace_nb.kv_cache.base import UNIT, KVCacheConfig
+from pace_nb.kv_cache.slab import tuned_block_size
 
 POOL_SHARE = 0.75  # of the available memory
 NO_LIMIT = 2**60  # cgroup v1 writes "none" as a number near 2**63
@@ -46,14 +47,18 @@ def cache_budget(config: EngineConfig, model: KVCacheConfig, max_model_len: int)
             f"kv_cache_memory_bytes is {asked}, available are {available} bytes of memory"
         )
     memory = int(available * POOL_SHARE) if asked is None else asked
-    most_units = config.max_num_seqs * -(-max_model_len // UNIT)
-    num_units = min(memory // model.bytes_per_unit, most_units)
-    if num_units == 0:
+    block_size = config.block_size or (
+        tuned_block_size(model) if config.kv_cache == "slab" else UNIT
+    )
+    bytes_per_block = block_size // UNIT * model.bytes_per_unit
+    most_blocks = config.max_num_seqs * -(-max_model_len // block_size)
+    num_blocks = min(memory // bytes_per_block, most_blocks)
+    if num_blocks == 0:
         raise OutOfMemoryError(
-            f"the KV cache needs {model.bytes_per_unit} bytes for {UNIT} tokens, its budget is "
+            f"the KV cache needs {bytes_per_block} bytes for {block_size} tokens, its budget is "
             f"{memory} bytes"
         )
-    num_tokens = num_units * UNIT
+    num_tokens = num_blocks * block_size
     if num_tokens < max_model_len and config.max_model_len is not None:
         raise ConfigError(
             f"max_model_len is {max_model_len}, the KV cache holds {num_tokens} tokens in "
@@ -62,10 +67,16 @@ def cache_budget(config: EngineConfig, model: KVCacheConfig, max_model_len: int)
     source = "asked for" if asked is not None else f"{POOL_SHARE:.0%} of {_mib(available)} left"
     arithmetic = (
         f"KV cache: {num_tokens} tokens x {model.bytes_per_unit // UNIT} bytes = "
-        f"{_mib(num_units * model.bytes_per_unit)}; the least of {_mib(memory)} ({source}) and "
+        f"{_mib(num_blocks * bytes_per_block)}; the least of {_mib(memory)} ({source}) and "
         f"{config.max_num_seqs} sequences of {max_model_len} tokens"
     )
-    cache = CacheConfig(config.kv_cache, num_tokens, min(max_model_len, num_tokens))
+    cache = CacheConfig(
+        config.kv_cache,
+        num_tokens,
+        min(max_model_len, num_tokens),
+        block_size,
+        config.prefix_caching,
+    )
     return Budget(cache, arithmetic)
 
 

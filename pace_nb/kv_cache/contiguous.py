@@ -18,13 +18,12 @@ Source: PACE `pace/llm/attention/contiguous/cache.py` (BMCKVCache); PACE_INVENTO
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isqrt
-
-import numpy as np
 
 from pace_nb.batch import Batch
 from pace_nb.config import CacheConfig
-from pace_nb.kv_cache.base import UNIT, KVCacheConfig, KVPool, KVView
+from pace_nb.kv_cache.base import UNIT, KVCacheConfig, KVPool, KVView, view_of, zero_units
 
 UNITS_PER_BLOCK = 2**40  # one block per sequence, whatever its length
 
@@ -83,20 +82,24 @@ class ContiguousCache:
         owned = self._ranges.pop(request_id, range(0))
         self._num_tokens.pop(request_id, None)
         if zero:
-            for array in (array for pool in self._layers for array in pool):
-                array[:, owned.start : owned.stop] = 0
+            zero_units(self._layers, owned.start, owned.stop)
         self._release(owned)
+
+    def reuse(
+        self, request_id: str, token_ids: Sequence[int], num_tokens: int, salt: str | None
+    ) -> int:
+        """0: a range has one owner."""
+        return 0
+
+    def commit(
+        self, request_id: str, token_ids: Sequence[int], num_tokens: int, salt: str | None
+    ) -> None:
+        """Nothing: see `reuse`."""
 
     def view(self, batch: Batch) -> KVView:
         """block_table int64[B, 1]; RuntimeError if a request has no room for its context."""
-        for request_id, context_len in zip(batch.request_ids, batch.context_lens, strict=True):
-            if context_len > self._num_tokens.get(request_id, 0):
-                raise RuntimeError(
-                    f"request {request_id} needs room for {context_len} tokens, "
-                    f"has {self._num_tokens.get(request_id, 0)}"
-                )
-        starts = [[self._ranges[request_id].start] for request_id in batch.request_ids]
-        return KVView(np.array(starts, dtype=np.int64).reshape(-1, 1), UNITS_PER_BLOCK)
+        starts = {request_id: (owned.start,) for request_id, owned in self._ranges.items()}
+        return view_of(batch, starts, self._num_tokens, UNITS_PER_BLOCK)
 
     def layer(self, index: int) -> KVPool:
         """Pool of layer `index`."""

@@ -133,9 +133,19 @@ class Scripted:
     @staticmethod
     def setup(*, num_units=64, max_model_len=512, **options) -> Setup:
         model = ScriptedModel()
-        kind = options.get("kv_cache", "contiguous")
-        cache = create_cache(STORED, CacheConfig(kind, num_units * UNIT, max_model_len))
-        engine = Engine(model, cache, EngineConfig(**options), max_model_len)
+        config = EngineConfig(**options)
+        block_size = config.block_size or UNIT
+        cache = create_cache(
+            STORED,
+            CacheConfig(
+                config.kv_cache,
+                num_units * UNIT // block_size * block_size,
+                max_model_len,
+                block_size,
+                config.prefix_caching,
+            ),
+        )
+        engine = Engine(model, cache, config, max_model_len)
         return Setup(engine, model, cache)
 
     @staticmethod
