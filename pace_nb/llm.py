@@ -47,13 +47,19 @@ from pace_nb.sampling_params import SamplingParams
 from pace_nb.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text; token ids; {"prompt": text}; or {"prompt_token_ids": ids}, with or without "prompt"."""
+"""Text; token ids; {"prompt": text}; or {"prompt_token_ids": ids}, with or without "prompt".
+
+The last two may have a "cache_salt": the prompt shares its part of the KV cache only with prompts
+of the same salt, so that nobody else can tell by the time an answer takes what was asked before.
+"""
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: {"role": ..., "content": ...}, oldest first."""
 
 Sampling = SamplingParams | Sequence[SamplingParams] | None
 """For all prompts, one for each, or None for the model's own (`get_default_sampling_params`)."""
+
+PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 
 # generation_config.json -> SamplingParams. Like vLLM, do_sample is not looked at.
 GENERATION_DEFAULTS = {
@@ -140,16 +146,19 @@ class LLM:
         use_tqdm: bool = True,
         *,
         add_generation_prompt: bool = True,
+        cache_salt: str | None = None,
         **options: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or many. options: those of `Tokenizer.encode_chat`.
+
+        cache_salt: as in `Prompt`, of all of them.
 
         Raises InvalidRequestError before anything runs when one of them cannot be served.
         """
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if one else messages
         inputs = [
-            self._read_chat(conversation, add_generation_prompt, options)
+            self._read_chat(conversation, add_generation_prompt, cache_salt, options)
             for conversation in conversations
         ]
         return self._run(inputs, _one_each(sampling_params, len(inputs)), use_tqdm)
@@ -171,10 +180,11 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         add_generation_prompt: bool = True,
+        cache_salt: str | None = None,
         **options: Any,
     ) -> Generator[RequestOutput, None, None]:
-        """Answer one conversation, as `stream` does. options: those of `Tokenizer.encode_chat`."""
-        read = self._read_chat(messages, add_generation_prompt, options)
+        """Answer one conversation, as `stream` does. The rest is as in `chat`."""
+        read = self._read_chat(messages, add_generation_prompt, cache_salt, options)
         return self._stream(self._submission(read, sampling_params))
 
     def forward(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -228,31 +238,38 @@ class LLM:
 
     def _read(self, prompt: Prompt) -> _Input:
         """Any form of prompt as text, where there is text, and token ids."""
+        salt = None
         if isinstance(prompt, Mapping):
-            unknown = sorted(str(key) for key in prompt.keys() - {"prompt", "prompt_token_ids"})
-            if unknown or not prompt:
+            unknown = sorted(str(key) for key in prompt.keys() - PROMPT_KEYS)
+            if unknown or not prompt.keys() - {"cache_salt"}:
                 raise InvalidRequestError(
-                    f"a prompt has the keys {unknown}, expected 'prompt' or 'prompt_token_ids'"
+                    f"a prompt has the keys {unknown}, expected 'prompt' or 'prompt_token_ids', "
+                    "with or without 'cache_salt'"
                 )
+            salt = prompt.get("cache_salt")
             text = prompt.get("prompt")
             if text is not None and not isinstance(text, str):
                 raise InvalidRequestError(f"prompt is a {type(text).__name__}, expected text")
             if prompt.get("prompt_token_ids") is not None:
-                return _Input(text, _token_ids(prompt["prompt_token_ids"]))
+                return _Input(text, _token_ids(prompt["prompt_token_ids"]), salt)
             prompt = text or ""
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise InvalidRequestError(
                     f"the prompt is text, {self.directory} has no tokenizer: give token ids"
                 )
-            return _Input(prompt, self._tokenizer.encode(prompt))
-        return _Input(None, _token_ids(prompt))
+            return _Input(prompt, self._tokenizer.encode(prompt), salt)
+        return _Input(None, _token_ids(prompt), salt)
 
     def _read_chat(
-        self, messages: Messages, add_generation_prompt: bool, options: Mapping[str, Any]
+        self,
+        messages: Messages,
+        add_generation_prompt: bool,
+        cache_salt: str | None,
+        options: Mapping[str, Any],
     ) -> _Input:
         chat = self.get_tokenizer().encode_chat(messages, add_generation_prompt, **options)
-        return _Input(chat.text, chat.token_ids)
+        return _Input(chat.text, chat.token_ids, cache_salt)
 
     def _submission(self, read: _Input, params: SamplingParams | None) -> Submission:
         """A prompt's completions, checked and not yet running."""
@@ -287,6 +304,7 @@ class LLM:
                 metrics=metrics,
                 eos_token_ids=self._eos_token_ids,
                 bad_words_token_ids=self._bad_words_token_ids(params.bad_words),
+                cache_salt=read.cache_salt,
             )
             engine.check(request)
             completions.append(Completion(index, request, self._tokenizer))
@@ -367,10 +385,11 @@ class LLM:
 
 
 class _Input(NamedTuple):
-    """A prompt: its text, where it came as text, and its token ids."""
+    """A prompt: its text, where it came as text, its token ids, and whom it shares them with."""
 
     text: str | None
     token_ids: list[int]
+    cache_salt: str | None
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

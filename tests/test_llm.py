@@ -152,6 +152,33 @@ def test_the_context_bounds_what_is_generated(llm):
     assert output.outputs[0].finish_reason == "length"
 
 
+def test_a_beginning_that_was_computed_before_is_found_by_those_of_the_same_salt(llm):
+    def cached(length, **salt):
+        ids = [7, 9, 11] * 15 + [length + 3] * length
+        (output,) = generate(llm, {"prompt_token_ids": ids, **salt})
+        return output.num_cached_tokens
+
+    assert cached(0) == 0
+    assert [cached(0), cached(4), cached(20)] == [32, 32, 32]
+    assert cached(20) == 64
+    assert cached(20, cache_salt="mine") == 0
+    assert cached(20, cache_salt="mine") == 64
+    assert cached(20, cache_salt="\ud800") == 0  # as JSON can bring it
+    assert_idle(llm)
+
+
+def test_n_completions_share_their_prompt(llm):
+    params = replace(GREEDY, n=3, max_tokens=3)
+    prompt = {"prompt_token_ids": [13, 15] * 20, "cache_salt": "n"}
+    stream = llm.stream(prompt, params)
+    next(stream)
+    next(stream)
+    # 3 x 2 full blocks of the same tokens are 2; each has a block of its own for the rest.
+    cache = llm._engine._cache
+    assert cache.num_total_tokens - cache.num_free_tokens == (2 + 3) * 16
+    stream.close()
+
+
 def test_the_bar_shows_rates(llm, capsys):
     llm.generate([STORY, "A"], GREEDY, use_tqdm=True)
     shown = capsys.readouterr().err
@@ -173,6 +200,21 @@ def test_chat_is_the_template_and_then_generate(llm):
     assert text_of(llm.chat(one, GREEDY, use_tqdm=False)[0]) == text_of(expected[0])
     streamed = [text_of(output) for output in llm.stream_chat(one, GREEDY)]
     assert "".join(streamed) == text_of(expected[0])
+
+
+def test_a_conversation_goes_on_from_what_was_computed(llm):
+    messages = [{"role": "user", "content": "Who are you? " * 8}]
+    options = {"use_tqdm": False, "cache_salt": "a conversation"}
+    (answer,) = llm.chat(messages, GREEDY, **options)
+    num_prompt = len(answer.prompt_token_ids)
+    assert answer.num_cached_tokens == 0 and num_prompt > 32
+    messages += [
+        {"role": "assistant", "content": text_of(answer)},
+        {"role": "user", "content": "I see."},
+    ]
+    assert llm.chat(messages, GREEDY, **options)[0].num_cached_tokens >= num_prompt // 16 * 16
+    *_, last = llm.stream_chat(messages, GREEDY, cache_salt="a conversation")
+    assert last.num_cached_tokens >= num_prompt // 16 * 16
 
 
 def test_a_stream_adds_up_to_what_generate_gives(llm):
@@ -222,6 +264,9 @@ def test_streams_and_generate_in_turn_do_not_disturb_each_other(llm):
         ({}, "expected 'prompt' or 'prompt_token_ids'"),
         ({"prompt": "a", "images": []}, r"\['images'\], expected 'prompt'"),
         ({"prompt_token_ids": "abc"}, "token ids are str"),
+        ({"cache_salt": "a"}, "expected 'prompt' or 'prompt_token_ids'"),
+        ({"prompt": "a", "cache_salt": ""}, "cache_salt is '', expected a non-empty string"),
+        ({"prompt": "a", "cache_salt": 5}, "cache_salt is 5, expected a non-empty string"),
         (7, "prompts is a int, expected a list"),
         ("\ud800", "lone surrogate"),
     ],

@@ -81,6 +81,24 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="longest prompt and output together, in tokens",
     )
+    add(
+        "--kv-cache",
+        "--kv-backend",
+        default="paged",
+        choices=("contiguous", "slab", "paged"),
+        help="how keys and values are stored (default: %(default)s)",
+    )
+    add(
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="tokens of a block of the KV cache, a multiple of 16 (default: 16; slab: by L2)",
+    )
+    add(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="compute what prompts begin with in common only once (default: on where paged)",
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -154,6 +172,9 @@ def open_llm(options: argparse.Namespace) -> LLM:
         kernels=options.kernels,
         num_threads=options.threads,
         max_model_len=options.max_model_len,
+        kv_cache=options.kv_cache,
+        block_size=options.block_size,
+        enable_prefix_caching=options.enable_prefix_caching,
     )
 
 

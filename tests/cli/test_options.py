@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from pace_nb.cli import options as shared
+from pace_nb.config import EngineConfig
 from pace_nb.errors import ConfigError, InvalidRequestError, ModelNotFoundError
 from pace_nb.sampling_params import SamplingParams
 
@@ -146,3 +147,26 @@ def test_a_directory_is_taken_as_it_is(tmp_path, flag):
 def test_offline_asks_only_the_cache():
     with pytest.raises(ModelNotFoundError, match="offline mode is on"):
         shared.resolve_model(parse("p", "-m", "nobody/nothing", "--offline"))
+
+
+# ---- the engine ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "kv_cache", "block_size", "prefix_caching"),
+    [
+        ("", "paged", None, None),
+        ("--kv-cache slab --block-size 64", "slab", 64, None),
+        ("--kv-backend contiguous", "contiguous", None, None),
+        ("--no-enable-prefix-caching", "paged", None, False),
+        ("--enable-prefix-caching", "paged", None, True),
+    ],
+)
+def test_engine_flags_reach_their_fields(monkeypatch, flags, kv_cache, block_size, prefix_caching):
+    asked = {}
+    monkeypatch.setattr("pace_nb.llm.LLM", lambda model, **options: asked.update(options))
+    shared.open_llm(parse("p", *flags.split()))
+    EngineConfig(**asked)
+    assert asked["kv_cache"] == kv_cache
+    assert asked["block_size"] == block_size
+    assert asked["enable_prefix_caching"] is prefix_caching
