@@ -35,6 +35,7 @@ ARCHITECTURES = {
     "Llama4ForConditionalGeneration": "llama4",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "OPTForCausalLM": "opt",
     "Phi3ForCausalLM": "phi3",
     "PhiForCausalLM": "phi",
     "Qwen2ForCausalLM": "qwen2",
