@@ -117,6 +117,11 @@ class RopeParameters:
         return self.original_max_position_embeddings or self.max_position_embeddings
 
     @property
+    def by_length(self) -> bool:
+        """True where a token's rotation depends on the length of its whole sequence."""
+        return self.rope_type in _BY_LENGTH
+
+    @property
     def stretch(self) -> float:
         """`factor`, or where it is left out the ratio of the context lengths (yarn, longrope)."""
         if self.factor is not None:
@@ -171,7 +176,7 @@ class RotaryEmbedding:
 
     def __call__(self, positions: Int32Array, sequence_lens: Int32Array) -> Rotation:
         """positions int32[T]; sequence_lens int32[T], length of the sequence each token is in."""
-        if self.parameters.rope_type in _BY_LENGTH:
+        if self.parameters.by_length:
             return self._by_length(positions, sequence_lens)
         needed = int(positions.max()) + 1 if len(positions) else 0
         cos, sin = self._grown_to(needed)

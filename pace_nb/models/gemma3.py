@@ -83,9 +83,8 @@ class Gemma3Config:
     @classmethod
     def from_json(cls, json: ConfigJson) -> Gemma3Config:
         """Read and validate. ModelFormatError or UnsupportedModelError naming the field."""
-        text = (json.section("text_config") if json.has("text_config") else json).with_defaults(
-            DEFAULTS
-        )
+        text = json.section("text_config") if json.has("text_config") else json
+        text = text.with_defaults(DEFAULTS)
         for part in (json, text):
             if not part.boolean("tie_word_embeddings", True):
                 raise _unsupported("tie_word_embeddings", "false", "true")
@@ -256,7 +255,9 @@ class Gemma3ForCausalLM(Module):
     def kv_cache_config(self, dtype: str) -> KVCacheConfig:
         """What has to be cached for every token."""
         c = self._config
-        return KVCacheConfig(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, dtype)
+        return KVCacheConfig(
+            c.num_hidden_layers, c.num_key_value_heads, c.head_dim, dtype, c.rope.by_length
+        )
 
     def load(self, weights: Weights, name: str = "") -> None:
         super().load(weights, name)

@@ -14,8 +14,9 @@ Each addition is done by the norm that follows it (`delta` below), in one pass o
 
 The long-context models have two sets of rotary frequencies (longrope): a sequence of up to
 `original_max_position_embeddings` tokens rotates with the short factors, a longer one with the long
-factors, position 0 included. The length is `Step.sequence_lens`, each sequence's own. Where one
-grows past the boundary, its cached keys stay as they were rotated.
+factors, position 0 included. The length is `Step.sequence_lens`, each sequence's own: all of it
+that is known, so a prompt's chunks rotate alike. Where a sequence grows past the boundary, its
+cached keys stay as they were rotated.
 Source: transformers 5.23, models/phi3.
 """
 
@@ -171,7 +172,9 @@ class Phi3ForCausalLM(Module):
     def kv_cache_config(self, dtype: str) -> KVCacheConfig:
         """What has to be cached for every token."""
         c = self._config
-        return KVCacheConfig(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, dtype)
+        return KVCacheConfig(
+            c.num_hidden_layers, c.num_key_value_heads, c.head_dim, dtype, c.rope.by_length
+        )
 
     def __call__(self, batch: Batch, kv: BatchKV) -> Float32Array:
         """The residual stream after the last layer, f32[T, E]; `logits` applies the final norm."""

@@ -171,6 +171,13 @@ def test_growing_keeps_every_bit_and_grows_only_when_needed():
         np.testing.assert_array_equal(old, at_once[:10])
 
 
+def test_which_types_depend_on_the_length_of_the_sequence():
+    """A cache must not share such keys between sequences."""
+    assert parameters(**LONGROPE).by_length
+    assert parameters(rope_type="dynamic", factor=2.0).by_length
+    assert not any(p.by_length for p in (parameters(), parameters(**YARN)))
+
+
 @pytest.mark.parametrize("changes", [LONGROPE, {"rope_type": "dynamic", "factor": 4.0}])
 def test_a_sequence_does_not_depend_on_its_neighbours_length(changes):
     """Three sequences of a batch, one of them long: each gets what it gets alone."""

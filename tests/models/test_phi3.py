@@ -188,6 +188,23 @@ def test_growing_past_the_boundary(memory_checkpoint, run, ids, chunks):
     assert np.abs(expected - dense(values, ids, [33] * 33))[:28].max() > 0.02
 
 
+def test_chunks_of_a_known_sequence_rotate_alike(memory_checkpoint, run, ids):
+    """A prompt of 33 tokens is long from its first chunk on, where 32 would be short."""
+    bits, _ = tensors()
+    model = load_model(memory_checkpoint(CONFIG, bits), "float32")
+    for length in (32, 33):
+        at_once = run(model, "float32", ids[:length])
+        cache = ContiguousCache(model.kv_cache_config("float32"), CacheConfig("contiguous", 48, 48))
+        assert cache.allocate("r", length)
+        rows = []
+        for start in range(0, length, 7):
+            chunk = ids[start : min(start + 7, length)].tolist()
+            batch = Batch.from_spans([("r", start, chunk, len(chunk))], [length])
+            hidden = model(batch, BatchKV(cache.view(batch), cache))
+            rows.append(model.logits(hidden, batch.logits_rows))
+        np.testing.assert_array_equal(np.concatenate(rows), at_once)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_long_neighbour_changes_nothing(memory_checkpoint, run, ids, dtype):
     """One step with sequences of 5, 33 and 32 tokens: each has the bits that it has alone."""
@@ -218,7 +235,9 @@ def test_published_longrope_settings():
 def test_facts_for_the_engine(memory_checkpoint):
     model = load_model(memory_checkpoint(CONFIG, tensors()[0]))
     assert (model.vocab_size, model.max_position_embeddings) == (50, 64)
-    assert model.kv_cache_config("float32") == KVCacheConfig(2, 2, 16, "float32")
+    assert model.kv_cache_config("float32") == KVCacheConfig(2, 2, 16, "float32", True)
+    model = load_model(memory_checkpoint(CONFIG | {"rope_scaling": None}, tensors()[0]))
+    assert model.kv_cache_config("float32") == KVCacheConfig(2, 2, 16, "float32", False)
 
 
 @pytest.mark.parametrize(
