@@ -27,6 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -60,6 +61,7 @@ class Family:
     )
     # Part of a norm's name -> what its weights are spread around; the first that fits counts.
     norm_means: Mapping[str, float] = field(default_factory=lambda: {"": 1.0})
+    mxfp4: bool = False  # experts are saved in four bits
 
 
 LLAMA3_ROPE = {
@@ -86,6 +88,12 @@ GEMMA3_ROPE = {
 TIED_GAINS = {
     "q_proj.weight": 1.6, "k_proj.weight": 1.6, "qkv_proj.weight": 1.4, "o_proj.weight": 4.0,
     "down_proj.weight": 4.0, "o_proj.bias": 0.3,
+}  # fmt: skip
+
+# Within a head of 16 dims and 256 positions, `truncate` moves both ends of the ramp.
+GPT_OSS_ROPE = {
+    "rope_type": "yarn", "rope_theta": 1000.0, "factor": 8.0, "beta_fast": 3.0, "beta_slow": 0.7,
+    "original_max_position_embeddings": 32, "truncate": False,
 }  # fmt: skip
 
 FAMILIES = {
@@ -286,6 +294,79 @@ FAMILIES = {
         sensitivity={"no_qk_layernorm": {"qk_layernorm": False}},
         gains={"layernorm.weight": 1.4, "input_layernorm": 1.0 / 1.4, "final_layernorm": 1.0 / 1.4},
     ),
+    # Like OPT-350M: norms after the addition, none at the end, embeddings narrower than the stream.
+    "opt_350m": Family(
+        model_type="opt",
+        seed=19,
+        config={
+            "hidden_size": 48, "word_embed_proj_dim": 20, "ffn_dim": 72, "num_hidden_layers": 2,
+            "num_attention_heads": 3, "do_layer_norm_before": False,
+        },
+        sensitivity={
+            "norm_before": {"do_layer_norm_before": True, "_remove_final_layer_norm": True},
+            "norm_at_the_end": {"do_layer_norm_before": True},
+            "activation": {"activation_function": "gelu"},
+            "no_bias": {"enable_bias": False},
+        },
+    ),
+    # Experts in MXFP4, as published; a clamp that bites; a window in the first layer of two.
+    "gpt_oss_mxfp4": Family(
+        model_type="gpt_oss",
+        seed=21,
+        config={
+            "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16,
+            "num_local_experts": 5, "num_experts_per_tok": 2, "swiglu_limit": 1.5,
+            "rms_norm_eps": 1e-5, "rope_parameters": GPT_OSS_ROPE, "sliding_window": 9,
+            "tie_word_embeddings": False,
+        },
+        sensitivity={
+            "no_window": {"layer_types": ["full_attention"] * 2},
+            "window+1": {"sliding_window": 10},
+            "other_layer": {"layer_types": ["full_attention", "sliding_attention"]},
+            "clamp": {"swiglu_limit": 7.0},
+            "alpha": {"swiglu_alpha": 1.0},
+            "one_expert": {"num_experts_per_tok": 1},
+            "truncate": {"rope_parameters": {**GPT_OSS_ROPE, "truncate": True}},
+            "no_rope_scaling": {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}
+            },
+        },
+        gains={
+            "q_proj.weight": 1.6, "k_proj.weight": 1.6, "sinks": 5.0, "proj_bias": 3.0,
+            "experts.gate_up_proj": 2.0, "router.weight": 2.0,
+        },
+        norm_means={"sinks": 0.0, "": 1.0},
+        mxfp4=True,
+    ),
+    # As in Maverick every other layer is dense and queries and keys are not normalized; chunks are
+    # smaller than the prompts, and the temperature has steps within them.
+    "llama4_maverick": Family(
+        model_type="llama4_text",
+        seed=22,
+        config={
+            "hidden_size": 32, "intermediate_size": 16, "intermediate_size_mlp": 48,
+            "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2, "no_rope_layers": [1, 1, 1, 0], "use_qk_norm": False,
+            "attention_chunk_size": 24, "attn_temperature_tuning": True, "floor_scale": 16,
+            "attn_scale": 0.5, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        sensitivity={
+            "no_chunk": {"attention_chunk_size": 256},
+            "chunk+1": {"attention_chunk_size": 25},
+            "qk_norm": {"use_qk_norm": True},
+            "no_temperature": {"attn_temperature_tuning": False},
+            "floor_scale": {"floor_scale": 32},
+            "all_rope": {"no_rope_layers": [1, 1, 1, 1]},
+            "all_chunked": {"layer_types": ["chunked_attention"] * 4},
+            "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}},
+        },
+        gains={
+            "q_proj.weight": 1.6, "k_proj.weight": 1.6, "down_proj": 2.0, "router.weight": 2.0,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -301,6 +382,8 @@ def write_checkpoint(family: Family, directory: Path) -> None:
         for name, weight in model.named_parameters():
             weight.copy_(random_weight(name, weight.shape, generator, family, model))
     model.to(torch.bfloat16).save_pretrained(directory)
+    if family.mxfp4:
+        pack_experts(directory)
     write_tokenizer(directory)
 
 
@@ -319,6 +402,38 @@ def random_weight(name, shape, generator, family, model):
     if "embed" in name:
         return gain * noise
     return gain * shape[-1] ** -0.5 * noise
+
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # codes 8 to 15: the negatives
+
+
+def pack_experts(directory: Path) -> None:
+    """Expert weights [X, K, N] to MXFP4, as published: two codes a byte, the lower k first."""
+    tensors = load_file(directory / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        weight = tensors.pop(name).float().transpose(1, 2)
+        blocks = weight.unflatten(2, (-1, 32))
+        exponents = blocks.abs().amax(-1, keepdim=True).log2().floor() - 2  # 6 = 1.5 * 2^2
+        scaled = blocks / exponents.exp2()
+        codes = (scaled.abs()[..., None] - E2M1).abs().argmin(-1) + 8 * (scaled < 0)
+        tensors[f"{name}_blocks"] = (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+        tensors[f"{name}_scales"] = (exponents[..., 0] + 127).to(torch.uint8)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def expand_experts(directory: Path) -> None:
+    """The same model with its experts in BF16, which holds every MXFP4 value exactly."""
+    tensors = load_file(directory / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_blocks")]:
+        packed, scales = tensors.pop(name), tensors.pop(name.replace("_blocks", "_scales"))
+        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).int()
+        values = E2M1[codes % 8] * (1 - 2 * (codes // 8)) * (scales[..., None].float() - 127).exp2()
+        weight = values.flatten(2).transpose(1, 2).contiguous()
+        tensors[name.removesuffix("_blocks")] = weight.to(torch.bfloat16)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -348,6 +463,8 @@ def load(directory: Path, dtype: torch.dtype, **changed: Any):
     with tempfile.TemporaryDirectory() as copy:
         shutil.copytree(directory, copy, dirs_exist_ok=True)
         config = json.loads((directory / "config.json").read_text()) | changed
+        if config.pop("quantization_config", None):
+            expand_experts(Path(copy))
         (Path(copy) / "config.json").write_text(json.dumps(config))
         model = AutoModelForCausalLM.from_pretrained(copy, dtype=dtype, attn_implementation="eager")
     return model.eval()
