@@ -178,11 +178,8 @@ class Gemma3Attention(Module):
         )
         self.q_norm = Gemma3HeadRMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = Gemma3HeadRMSNorm(config.head_dim, config.rms_norm_eps)
-        self._attend = Attention(
-            layer_index,
-            scale=config.query_pre_attn_scalar**-0.5,
-            window=config.windows[layer_index],
-        )
+        scale, window = config.query_pre_attn_scalar**-0.5, config.windows[layer_index]
+        self._attend = Attention(layer_index, scale=scale, window=window)
         self.o_proj = Linear(query_size, config.hidden_size, bias=config.attention_bias)
 
     def __call__(self, x: NDArray[Any], rotation: Rotation, step: Step) -> Float32Array:
