@@ -13,7 +13,7 @@ attention has none.
 
 The second addition is done by the norm that follows it (`delta` below), in one pass over the
 residual.
-Source: transformers 5.19, models/gptj.
+Source: transformers 5.23, models/gptj.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ the residual stream itself is normalized, and has no norm at the end,
 
 and its embeddings are half as wide as the stream (`word_embed_proj_dim`): `project_in` widens what
 is embedded, `project_out` narrows what the head reads. The two settings are independent here.
-Source: transformers 5.19, models/opt.
+Source: transformers 5.23, models/opt.
 """
 
 from __future__ import annotations
