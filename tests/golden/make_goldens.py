@@ -297,9 +297,9 @@ FAMILIES = {
     # Like OPT-350M: norms after the addition, none at the end, embeddings narrower than the stream.
     "opt_350m": Family(
         model_type="opt",
-        seed=19,
+        seed=25,
         config={
-            "hidden_size": 48, "word_embed_proj_dim": 20, "ffn_dim": 72, "num_hidden_layers": 2,
+            "hidden_size": 48, "word_embed_proj_dim": 20, "ffn_dim": 56, "num_hidden_layers": 2,
             "num_attention_heads": 3, "do_layer_norm_before": False,
         },
         sensitivity={
@@ -365,21 +365,6 @@ FAMILIES = {
         },
         gains={
             "q_proj.weight": 1.6, "k_proj.weight": 1.6, "down_proj": 2.0, "router.weight": 2.0,
-        },
-    ),
-    # Like OPT-350M: norms after the addition, none at the end, embeddings narrower than the stream.
-    "opt_350m": Family(
-        model_type="opt",
-        seed=25,
-        config={
-            "hidden_size": 48, "word_embed_proj_dim": 20, "ffn_dim": 56, "num_hidden_layers": 2,
-            "num_attention_heads": 3, "do_layer_norm_before": False,
-        },
-        sensitivity={
-            "norm_before": {"do_layer_norm_before": True, "_remove_final_layer_norm": True},
-            "norm_at_the_end": {"do_layer_norm_before": True},
-            "activation": {"activation_function": "gelu"},
-            "no_bias": {"enable_bias": False},
         },
     ),
 }  # fmt: skip
