@@ -13,6 +13,8 @@ import pytest
 from numba import prange
 from numpy.typing import NDArray
 
+from pace_nb.kernels import attention_decode as decode_module
+from pace_nb.kernels import attention_prefill as prefill_module
 from pace_nb.kernels import jit
 from pace_nb.kernels.attention_decode import attention_decode, attention_decode_ref
 from pace_nb.kernels.attention_prefill import attention_prefill, attention_prefill_ref
@@ -254,6 +256,87 @@ def test_blocks_before_the_window_need_not_exist(scenario: Any, kernel: Any) -> 
         kernel(*case.arguments, 25)
 
 
+# ---- chunks of positions -------------------------------------------------------------------------
+CHUNKS = [1, 7, 16, 24, 64] + ([] if SMALL else [65, 100, 512, 700, 4096])
+
+
+def chunked(case: Any, chunk: int, sinks: Array | None = None) -> Array:
+    """float64 [T, H, D]: each row over the keys of its own chunk, as a sequence of their own."""
+
+    def one(q: Array, k: Array, v: Array, positions: Array) -> Array:
+        out = np.empty(q.shape)
+        for t, position in enumerate(positions):
+            first = next(j for j in range(position + 1) if j // chunk == position // chunk)
+            seen = slice(first, position + 1)
+            last = np.array([position - first])
+            out[t] = attention_ref(q[t : t + 1], k[seen], v[seen], last, case.scale, 0, sinks)[0]
+        return out
+
+    return case._each(one)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_a_row_sees_the_keys_of_its_own_chunk(scenario: Any, chunk: int, dtype: Any) -> None:
+    contexts, lens = ([40, 17, 3], [30, 1, 3]) if SMALL else ([700, 130, 1100], [90, 1, 64])
+    case = scenario(contexts, lens, heads=(6, 2), d=32, dtype=dtype, block=32)
+    for sinks in (None, np.linspace(-2, 3, 6).astype(F32)):
+        exact = chunked(case, chunk, sinks)
+        for reference in (attention_decode_ref, attention_prefill_ref):
+            found = reference(*case.arguments, sinks=sinks, chunk=chunk)
+            np.testing.assert_allclose(found, exact, rtol=1e-12, atol=1e-14)
+        decoded = attention_decode(*case.arguments, sinks=sinks, chunk=chunk)
+        assert_same(attention_prefill(*case.arguments, sinks=sinks, chunk=chunk), decoded)
+        bound = 1e-5 if dtype == F32 else 0.016
+        np.testing.assert_allclose(widen(decoded), exact, atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_steps_across_a_chunk_give_the_bits_of_the_whole(
+    scenario: Any, chunk: int, dtype: Any
+) -> None:
+    n = 30 if SMALL else 590
+    case = scenario([n], [n], heads=(4, 1), d=32, dtype=dtype, block=16)
+    whole = attention_prefill(*case.arguments, chunk=chunk)
+    for start, size in [(0, 5), (5, 1), (6, 17), (23, 7)] + (
+        [] if SMALL else [(90, 64), (480, 65)]
+    ):
+        some = case.with_queries([start], [size])
+        for kernel in KERNELS:
+            out = kernel(*some.arguments, chunk=chunk)
+            assert_same(out, whole[start : start + size])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_before_a_chunk_is_neither_needed_nor_used(scenario: Any, kernel: Any) -> None:
+    case = scenario([90], [3], block=16)  # rows 87 to 89; chunk 40 begins at key 80
+    expected = kernel(*case.arguments, chunk=40)
+    case.block_table[0, :5] = -1
+    assert_same(kernel(*case.arguments, chunk=40), expected)
+    with pytest.raises(ValueError, match=r"block_table\[0, 4\] is -1, expected 0 to "):
+        kernel(*case.arguments, chunk=39)  # begins at key 78, in block 4
+    case = scenario([21], [21], heads=(3, 1), d=32)
+    clean = kernel(*case.arguments, chunk=10)
+    for dense in (case.keys, case.values):
+        kept = dense[0][8].copy()
+        dense[0][8] = narrow(np.array([np.nan]), case.pool.dtype)[0]
+        case.fill()
+        out = widen(kernel(*case.arguments, chunk=10))
+        np.testing.assert_array_equal(np.isnan(out).all(axis=(1, 2)).nonzero()[0], [8, 9])
+        kept_rows = [*range(8), *range(10, 21)]
+        np.testing.assert_array_equal(out[kept_rows], widen(clean)[kept_rows])
+        dense[0][8] = kept
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_chunk_and_a_window_exclude_each_other(scenario: Any, kernel: Any) -> None:
+    case = scenario([20], [2])
+    for window, chunk in ((4, 8), (0, -1)):
+        with pytest.raises(ValueError, match=f"chunk is {chunk} and window {window}, expected 0"):
+            kernel(*case.arguments, window, chunk=chunk)
+
+
 # ---- calling -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_only_the_chosen_sequences_are_written(scenario: Any, kernel: Any) -> None:
@@ -277,6 +360,19 @@ def test_a_strided_q_gives_the_same_bits(scenario: Any, kernel: Any) -> None:
     fused[:, 2:6] = case.q
     out = kernel(fused[:, 2:6], *case.arguments[1:])
     assert_same(out, kernel(*case.arguments))
+
+
+@pytest.mark.parametrize("module", [decode_module, prefill_module])
+def test_read_only_arguments_compile_nothing_new(scenario: Any, module: Any) -> None:
+    case = scenario([20, 5], [2, 3])
+    kernel = getattr(module, module.__name__.rsplit(".", 1)[1])
+    sinks = sinks_for(case)
+    expected = kernel(*case.arguments, 0, sinks)
+    compiled = getattr(module._attend_kernel, "signatures", []).copy()
+    for x in (case.q, case.block_table, case.cu_seqlens_q, case.context_lens, sinks):
+        x.flags.writeable = False
+    assert_same(kernel(*case.arguments, 0, sinks), expected)
+    assert getattr(module._attend_kernel, "signatures", []) == compiled
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
