@@ -218,7 +218,9 @@ class GptOssForCausalLM(Module):
     def kv_cache_config(self, dtype: str) -> KVCacheConfig:
         """What has to be cached for every token."""
         c = self._config
-        return KVCacheConfig(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, dtype)
+        return KVCacheConfig(
+            c.num_hidden_layers, c.num_key_value_heads, c.head_dim, dtype, c.rope.by_length
+        )
 
     def __call__(self, batch: Batch, kv: BatchKV) -> Float32Array:
         """The residual stream after the last layer, f32[T, E]; `logits` applies the final norm."""

@@ -170,8 +170,7 @@ class Llama4Attention(Module):
         """x storage[T, E] -> f32[T, E]."""
         heads = self.qkv_proj(x).reshape(len(x), -1, self._config.head_dim)
         keys = self._config.num_attention_heads  # the first of them, after the query heads
-        values = keys + self._config.num_key_value_heads
-        q_and_k, v = heads[:, :values], heads[:, values:]
+        q_and_k, v = np.split(heads, [keys + self._config.num_key_value_heads], axis=1)
         if self._rotates:
             q_and_k = rotated(q_and_k, rotation, np.dtype(np.float32))
             if self._config.use_qk_norm:
@@ -190,14 +189,11 @@ class Llama4MoE(Module):
 
     def __init__(self, config: Llama4Config) -> None:
         size = config.intermediate_size
+        unit = partial(activation.gated_activation, kind=activation_kind(config.hidden_act))
         self._num_chosen = config.num_experts_per_tok
         self.router = Linear(config.hidden_size, config.num_local_experts)
         self.experts = Experts(
-            config.num_local_experts,
-            config.hidden_size,
-            size,
-            partial(activation.gated_activation, kind=activation_kind(config.hidden_act)),
-            scale_input=True,
+            config.num_local_experts, config.hidden_size, size, unit, scale_input=True
         )
         self.shared_expert = GatedMLP(config.hidden_size, size, config.hidden_act)
 
@@ -260,7 +256,8 @@ class Llama4ForCausalLM(Module):
     def kv_cache_config(self, dtype: str) -> KVCacheConfig:
         """What has to be cached for every token."""
         c = self._config
-        return KVCacheConfig(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, dtype)
+        sizes = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
+        return KVCacheConfig(*sizes, dtype, c.rope.by_length)
 
     def __call__(self, batch: Batch, kv: BatchKV) -> Float32Array:
         """The residual stream after the last layer, f32[T, E]; `logits` applies the final norm."""
@@ -286,7 +283,6 @@ class Llama4ForCausalLM(Module):
     # The copy of a tied head, and what belongs to images (beginnings have a dot at the end).
     ignored_weights: ClassVar[tuple[str, ...]] = (
         "lm_head.weight",
-        ".rotary_emb.inv_freq",
         "vision_model.",
         "multi_modal_projector.",
     )
