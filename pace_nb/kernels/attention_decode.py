@@ -49,6 +49,7 @@ from pace_nb.kernels.attention_rows import (
     fold_row,
     gather_rows,
     has_turn,
+    ours,
 )
 from pace_nb.kernels.kv_write import KVPool
 
@@ -105,7 +106,6 @@ def _attend_kernel(
     group,
     d,
     dp,
-    odd,
     tokens,
     window,
     chunk,
@@ -148,7 +148,6 @@ def _attend_kernel(
                                 units_per_block,
                                 d,
                                 dp,
-                                odd,
                                 n,
                                 group,
                                 contexts[b] - queries + t,
@@ -283,7 +282,7 @@ def attention_decode(
     values = np.empty(pieces * rows * dp, np.float32)
     storage = np.empty(workers * (rows * d + MR * KEY_BLOCK), q.dtype)
     cu = cu_seqlens_q.astype(np.int64)
-    flat, token_stride, head_stride = flat_heads(q)
+    flat, token_stride, head_stride = flat_heads(q if q.flags.writeable else q.copy())
     with jit.threads_for(int(given.contexts[chosen].sum()) * len(pool.k) * 2 * d * pool.k.itemsize):
         _attend_kernel(
             flat,
@@ -292,7 +291,7 @@ def attention_decode(
             pool.k.reshape(-1),
             pool.v.reshape(-1),
             pool.k.shape[1],
-            np.ascontiguousarray(block_table).reshape(-1),
+            ours(block_table).reshape(-1),
             block_table.shape[1],
             units_per_block,
             cu,
@@ -304,7 +303,6 @@ def attention_decode(
             group,
             d,
             dp,
-            given.odd,
             tokens,
             window,
             chunk,

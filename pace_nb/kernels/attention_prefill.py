@@ -50,6 +50,7 @@ from pace_nb.kernels.attention_rows import (
     fold_row,
     gather_rows,
     has_turn,
+    ours,
 )
 from pace_nb.kernels.kv_write import KVPool
 
@@ -104,7 +105,6 @@ def _attend_kernel(
     group,
     d,
     dp,
-    odd,
     tokens,
     window,
     chunk,
@@ -152,7 +152,6 @@ def _attend_kernel(
                                 units_per_block,
                                 d,
                                 dp,
-                                odd,
                                 n,
                                 group,
                                 position,
@@ -263,7 +262,7 @@ def attention_prefill(
     top, total, whole_top, whole_total = np.empty((4, workers * rows), np.float32)
     values, whole_values = np.empty((2, workers * rows * dp), np.float32)
     storage = np.empty(workers * (rows * d + MR * KEY_BLOCK), q.dtype)
-    flat, token_stride, head_stride = flat_heads(q)
+    flat, token_stride, head_stride = flat_heads(q if q.flags.writeable else q.copy())
     with jit.threads_for(int(given.contexts[chosen].sum()) * q[0].nbytes):
         _attend_kernel(
             flat,
@@ -272,7 +271,7 @@ def attention_prefill(
             pool.k.reshape(-1),
             pool.v.reshape(-1),
             pool.k.shape[1],
-            np.ascontiguousarray(block_table).reshape(-1),
+            ours(block_table).reshape(-1),
             block_table.shape[1],
             units_per_block,
             cu_seqlens_q.astype(np.int64),
@@ -282,7 +281,6 @@ def attention_prefill(
             group,
             d,
             dp,
-            given.odd,
             given.tokens,
             window,
             chunk,

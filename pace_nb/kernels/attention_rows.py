@@ -102,16 +102,18 @@ def attention_ref(
     logits that take part in the softmax and have no value.
     """
     q, k, v = (widen(x) for x in (q, k, v))
-    k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    (_, heads, d), kv_heads = q.shape, k.shape[1]
     out = np.zeros(q.shape)
     for t, position in enumerate(positions):
         first = max(0, position + 1 - window) if window else 0
         seen = slice(position // chunk * chunk if chunk else first, position + 1)
-        scores = scale * np.einsum("hd,shd->hs", q[t], k[seen])
+        grouped = q[t].reshape(kv_heads, heads // kv_heads, d)
+        scores = scale * np.einsum("kgd,skd->kgs", grouped, k[seen]).reshape(heads, -1)
         top = scores.max(axis=1) if sinks is None else np.maximum(scores.max(axis=1), sinks)
         weights = np.exp(scores - top[:, None])
         total = weights.sum(axis=1) + (0 if sinks is None else np.exp(sinks - top))
-        out[t] = np.einsum("hs,shd->hd", weights / total[:, None], v[seen])
+        weights = (weights / total[:, None]).reshape(kv_heads, heads // kv_heads, -1)
+        out[t] = np.einsum("kgs,skd->kgd", weights, v[seen]).reshape(heads, d)
     return out
 
 
@@ -231,17 +233,13 @@ def _softmax_rows(mr, first, end, scale, work, p, top, total, r):
 
 
 @jit.device_fn
-def _add_values(mr, p, v, dp, odd, units, first, end, work, values, o0):
-    """All columns of the values: groups of 64, then of 16 (6 rows of 16 still fill the dot units).
-
-    `odd` is None where D is a multiple of 64: a matter of type, so groups of 16 are not compiled.
-    """
+def _add_values(mr, p, v, dp, units, first, end, work, values, o0):
+    """All columns of the values: groups of 64, then of 16, as 6 rows of 16 keep the units busy."""
     whole = dp // 64 * 64
     for c in range(0, whole, 64):
         _add_64_columns(mr, p, v, dp, c, units, first, end, work, values, o0)
-    if odd is not None:
-        for c in range(whole, dp, 16):
-            _add_16_columns(mr, p, v, dp, c, units, first, end, work, values, o0)
+    for c in range(whole, dp, 16):
+        _add_16_columns(mr, p, v, dp, c, units, first, end, work, values, o0)
 
 
 @jit.device_fn
@@ -310,7 +308,6 @@ def attend_split(
     units_per_block,
     d,
     dp,
-    odd,
     tokens,
     group,
     position,
@@ -366,7 +363,7 @@ def attend_split(
                 o0 = (r0 + r) * dp
                 _scores(mr, q, r * d, d, k, k0, work)
                 _softmax_rows(mr, first, end, scale, work, p, top, total, r0 + r)
-                _add_values(mr, p, v, dp, odd, units, begin, stop, work, values, o0)
+                _add_values(mr, p, v, dp, units, begin, stop, work, values, o0)
                 if first % s:
                     _add_lone_value(mr, p, first, v, dp, units, values, o0)
                 if end % s:
@@ -426,7 +423,6 @@ class Given(NamedTuple):
     sinks: Array  # f32 [H], or of size 0
     group: int  # query heads of a key/value head
     padded: int  # Dp
-    odd: int | None  # of the kernels: None where D is a multiple of 64
     tokens: int  # query tokens of a task: token groups are cut at multiples of it
 
 
@@ -511,12 +507,16 @@ def checked(
         sequences,
         query_lens,
         contexts,
-        np.empty(0, np.float32) if sinks is None else np.ascontiguousarray(sinks),
+        np.empty(0, np.float32) if sinks is None else ours(sinks),
         group,
         padded,
-        1 if padded % 64 else None,
         max(1, ROWS // group),
     )
+
+
+def ours(x: Array) -> Array:
+    """x contiguous and writable: read-only is another type, for which a kernel compiles again."""
+    return np.array(x) if not x.flags.writeable else np.ascontiguousarray(x)
 
 
 def first_keys(contexts: Array, query_lens: Array, window: int, chunk: int) -> Array:
