@@ -41,6 +41,33 @@ def test_what_was_asked_for_bounds_it():
     assert "asked for" in found.arithmetic
 
 
+@pytest.mark.parametrize(
+    "options, block_size, num_tokens, prefix_caching",
+    [
+        ({}, 16, 3 * 112, True),
+        ({"enable_prefix_caching": False}, 16, 3 * 112, False),
+        ({"block_size": 64}, 64, 3 * 128, True),
+        ({"kv_cache": "slab"}, 128, 3 * 128, False),
+        ({"kv_cache": "slab", "block_size": 48}, 48, 3 * 144, False),
+        ({"kv_cache": "contiguous"}, 16, 3 * 112, False),
+        # 82 units of 4096 bytes: as many whole blocks as they hold
+        ({"block_size": 64, "max_num_seqs": 9, "kv_cache_memory_bytes": 82 * 4096}, 64, 1280, True),
+    ],
+)
+def test_the_pool_is_cut_into_blocks(monkeypatch, options, block_size, num_tokens, prefix_caching):
+    monkeypatch.setattr(budget, "tuned_block_size", lambda model: 128)
+    config = EngineConfig(**{"max_num_seqs": 3, **options})
+    cache = budget.cache_budget(config, MODEL, max_model_len=100).cache
+    assert (cache.kind, cache.block_size) == (config.kv_cache, block_size)
+    assert (cache.num_tokens, cache.enable_prefix_caching) == (num_tokens, prefix_caching)
+
+
+def test_room_for_no_block_is_refused():
+    config = EngineConfig(block_size=64, kv_cache_memory_bytes=3 * 4096)
+    with pytest.raises(OutOfMemoryError, match="16384 bytes for 64 tokens, its budget is 12288"):
+        budget.cache_budget(config, MODEL, max_model_len=99)
+
+
 def test_an_open_max_model_len_shrinks_to_the_pool_and_a_given_one_is_refused():
     config = EngineConfig(kv_cache_memory_bytes=4 * 4096)
     assert budget.cache_budget(config, MODEL, max_model_len=99).cache.max_model_len == 64
