@@ -51,7 +51,12 @@ def test_what_was_asked_for_bounds_it():
         ({"kv_cache": "slab", "block_size": 48}, 48, 3 * 144, False),
         ({"kv_cache": "contiguous"}, 16, 3 * 112, False),
         # 82 units of 4096 bytes: as many whole blocks as they hold
-        ({"block_size": 64, "max_num_seqs": 9, "kv_cache_memory_bytes": 82 * 4096}, 64, 1280, True),
+        (
+            {"block_size": 64, "max_num_seqs": 30, "kv_cache_memory_bytes": 82 * 4096},
+            64,
+            1280,
+            True,
+        ),
     ],
 )
 def test_the_pool_is_cut_into_blocks(monkeypatch, options, block_size, num_tokens, prefix_caching):
