@@ -96,6 +96,21 @@ def test_sinks_enter_the_denominator(rng, dtype, value):
     np.testing.assert_allclose(value(out), dense(q, k, v, sinks=sinks), atol=bound)
 
 
+def test_a_token_sees_its_own_chunk(rng, dtype, value):
+    """As if each chunk of positions were a sequence of its own, in any schedule."""
+    qkv = {"a": sequence(rng, 40)}
+    attention = Attention(0, SCALE, chunk=15)
+    out = run(attention, new_cache(dtype), qkv, [("a", 0, 40)])
+    parts = [[x[first : first + 15] for x in qkv["a"]] for first in (0, 15, 30)]
+    expected = np.concatenate([dense(*part) for part in parts])
+    bound = 1e-5 if dtype == "float32" else 0.03
+    np.testing.assert_allclose(value(out), expected, atol=bound)
+    cache = new_cache(dtype)
+    for start, n in ((0, 20), (20, 1), (21, 19)):
+        some = run(attention, cache, qkv, [("a", start, n)])
+        np.testing.assert_array_equal(some, out[start : start + n])
+
+
 def test_any_schedule_gives_the_same_bits(rng, dtype):
     """Prefill at once, in chunks, token by token, mixed with others: one arithmetic per row."""
     lengths = {"a": 41, "b": 23, "c": 3}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pace_nb.layers.norm import HeadRMSNorm, LayerNorm, RMSNorm
+from pace_nb.layers.norm import HeadL2Norm, HeadRMSNorm, LayerNorm, RMSNorm
 
 
 def rms(x, weight, eps):
@@ -59,3 +59,10 @@ def test_heads_are_normalized_one_by_one_and_stay_float32(load, rng, dtype):
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, rms(heads.astype(np.float64), weight, 0.05), atol=1e-5)
     np.testing.assert_array_equal(heads, kept)
+
+
+def test_heads_are_normalized_without_a_weight(rng):
+    heads = rng.standard_normal((3, 7, 20)).astype(np.float32)[:, 2:6]
+    found = HeadL2Norm(0.05)(heads)
+    np.testing.assert_allclose(found, rms(heads.astype(np.float64), 1.0, 0.05), atol=1e-6)
+    assert not np.shares_memory(found, heads)

@@ -43,6 +43,7 @@ def test_other_types():
         lambda: config.boolean("flag", False),
         lambda: config.text("name"),
         lambda: config.numbers("list"),
+        lambda: config.integers("list"),
         lambda: config.section("object"),
     ):
         with pytest.raises(ModelFormatError, match="expected"):
@@ -50,6 +51,12 @@ def test_other_types():
     good = ConfigJson({"flag": True, "name": "silu", "list": [1, 2.5], "object": {"x": 0}})
     assert good.boolean("flag", False) and good.text("name") == "silu"
     assert good.numbers("list") == (1.0, 2.5) and good.numbers("absent") == ()
+    layers = ConfigJson({"moe": [0, 3], "none": [], "wrong": [True], "negative": [-1]})
+    assert layers.integers("moe") == (0, 3)
+    assert layers.integers("none") == layers.integers("absent") == ()
+    for field in ("wrong", "negative"):
+        with pytest.raises(ModelFormatError, match=f"{field} is .* a list of integers from 0"):
+            layers.integers(field)
     with pytest.raises(ModelFormatError, match=r"config\.json: object: x is 0, expected"):
         good.section("object").integer("x")
 
@@ -89,6 +96,17 @@ def test_the_head_is_tied_by_word_or_by_absence():
     assert ConfigJson({}, []).tie_word_embeddings(False)
     assert ConfigJson({"tie_word_embeddings": True}, head).tie_word_embeddings(False)
     assert not ConfigJson({"tie_word_embeddings": False}, head).tie_word_embeddings(True)
+
+
+def test_a_layer_that_does_not_see_all_has_a_familys_own_name():
+    listed = ["chunked_attention", "full_attention"]
+    names = {"kind": "chunked_attention", "size": "attention_chunk_size"}
+    config = ConfigJson({"layer_types": listed})
+    assert config.layer_windows(2, 8, 0, **names) == (8, 0)
+    with pytest.raises(ModelFormatError, match=r"attention_chunk_size is None, .* has chunked_att"):
+        config.layer_windows(2, None, 0, **names)
+    with pytest.raises(ModelFormatError, match="'chunked_attention', expected full_attention or s"):
+        config.layer_windows(2, 8, 0)
 
 
 def test_heads_divide():
