@@ -13,7 +13,7 @@ either a story (a plain string) or a chat (a list of messages in the usual `{"ro
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from questions import about_story, ask
 from stories import draw_world, story, tell
@@ -92,13 +92,19 @@ def chat(rng: random.Random) -> list[Message]:
     return messages
 
 
-def documents(seed: int) -> Iterator[str | list[Message]]:
+def documents(seed: int, only: Sequence[str] = ()) -> Iterator[str | list[Message]]:
     """An endless stream of documents: a story (a string) or a chat (a list of messages).
 
     A story is long and a question is short: one document in eight is a story, and yet about half of
-    the words are in stories.
+    the words are in stories. `only` names kinds of question: then nothing else is drawn.
     """
     rng = random.Random(seed)
+    while only:
+        turn = ask(rng, rng.choice(only))
+        yield [
+            {"role": "user", "content": turn.question},
+            {"role": "assistant", "content": rng.choice(turn.answers)},
+        ]
     while True:
         yield story(rng) if rng.random() < 0.125 else chat(rng)
 

@@ -17,7 +17,11 @@ from dataclasses import dataclass
 
 from stories import draw_world, tell
 from world import (
+    ANIMALS,
+    BOYS,
     COLOURS,
+    FOODS,
+    GIRLS,
     HOMES,
     PLACES,
     THINGS,
@@ -276,6 +280,17 @@ def facts(rng: random.Random) -> Turn:
     return Turn(rng.choice(ways.split(" | ")), [answer])
 
 
+def repeat(rng: random.Random) -> Turn:
+    """Saying words again: of little use by itself, but it is what teaches a model to copy."""
+    pool = rng.choice((COLOURS, COLOURS, THINGS, BOYS + GIRLS, COLOURS + THINGS + ANIMALS + FOODS))
+    words = [rng.choice(pool) for _ in range(rng.randint(1, 6))]
+    if rng.random() < 0.1:
+        words = [invented(rng) for _ in words]
+    text = " ".join(words)
+    ways = [f"Say: {text}", f"Say {text}.", f"Repeat: {text}", f"Repeat after me: {text}."]
+    return Turn(rng.choice(ways), [f"{text}."])
+
+
 def reading(rng: random.Random) -> Turn:
     """A question about one to six sentences in the prompt: the answer is in no list, only there."""
     people: list[str] = []
@@ -384,9 +399,9 @@ def unknown(rng: random.Random) -> Turn:
 QUESTIONS: dict[str, Callable[[random.Random], Turn]] = {
     "arithmetic": arithmetic, "counting": counting, "word_problem": word_problem, "colours": colours,
     "opposites": opposites, "animals": animals, "calendar": calendar, "facts": facts,
-    "reading": reading, "story_reading": story_reading, "unknown": unknown, "small_talk": small_talk,
+    "repeat": repeat, "reading": reading, "story_reading": story_reading, "unknown": unknown, "small_talk": small_talk,
 }  # fmt: skip
-WEIGHTS = [7, 5, 4, 1, 1, 3, 2, 2, 24, 1, 1, 1]  # the harder a kind, the more of it is read
+WEIGHTS = [10, 8, 4, 1, 1, 3, 2, 2, 4, 12, 2, 1, 1]  # the harder a kind, the more of it is read
 CLOSED = {"small_talk"}  # a closed list of phrasings: nothing to hold out
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,18 @@ def train_tokenizer(seed: int) -> Tokenizer:
     return tokenizer
 
 
-def token_stream(tokenizer: Tokenizer, seed: int) -> Iterator[np.ndarray]:
+def token_stream(tokenizer: Tokenizer, seed: int, only: Sequence[str]) -> Iterator[np.ndarray]:
     """Documents as one endless line of ids, in pieces of a few thousand."""
-    stream = documents(seed)
+    stream = documents(seed, only)
     while True:
         texts = [render(next(stream)) for _ in range(64)]
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         yield np.concatenate([np.array(e.ids, dtype=np.int64) for e in encodings])
 
 
-def batches(tokenizer: Tokenizer, seed: int) -> Iterator[Tensor]:
+def batches(tokenizer: Tokenizer, seed: int, only: Sequence[str] = ()) -> Iterator[Tensor]:
     """ids[B, length + 1], packed without padding; B * length is TOKENS_PER_STEP."""
-    stream, rest, step = token_stream(tokenizer, seed), np.empty(0, np.int64), 0
+    stream, rest, step = token_stream(tokenizer, seed, only), np.empty(0, np.int64), 0
     while True:
         length = LENGTHS[step % len(LENGTHS)]
         rows = TOKENS_PER_STEP // length
@@ -119,7 +119,7 @@ def train(model: Llama, tokenizer: Tokenizer, arguments: argparse.Namespace,
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98), fused=True)
     saved = time.monotonic()
     start, smooth, step = saved - 60 * minutes, 0.0, 0
-    for batch in batches(tokenizer, arguments.seed + steps):
+    for batch in batches(tokenizer, arguments.seed + steps, arguments.only):
         progress = (time.monotonic() - start) / (60 * arguments.minutes)
         if progress >= 1:
             break
@@ -296,6 +296,7 @@ def main() -> None:
     option("--checkpoint", type=Path, default=ROOT / "build" / "demo_model.pt")
     option("--export-only", action="store_true", help="export the checkpoint, train nothing")
     option("--resume", action="store_true", help="train the checkpoint on, up to --minutes")
+    option("--only", nargs="*", default=(), help="kinds of question to train on, nothing else")
     option("--questions", type=int, default=200, help="held-out questions asked per kind")
     option("--stories", type=int, default=100, help="stories sampled and looked over")
     option("--out", type=Path, default=ROOT / "pace_nb" / "demo")
