@@ -185,6 +185,8 @@ class Engine:
         for (request, num_tokens), result in zip(scheduled, sampled, strict=True):
             if result.error is not None:
                 request.error = result.error
+                if request.prompt_logprobs is not None and not request.num_generated_tokens:
+                    del request.prompt_logprobs[1:]  # how many there are hangs on the chunks
                 self._finish(request, "error")
                 progress.append(Progress(request, ()))
                 continue
@@ -215,8 +217,15 @@ class Engine:
                 request.metrics.first_token_time = request.metrics.last_token_time
             if finish_reason is not None:
                 self._finish(request, finish_reason)
+            elif self._outgrew_its_keys(request, num_kept):
+                request.num_computed_tokens = 0  # it stays where it is and runs from its beginning
             progress.append(Progress(request, result.token_ids[:num_kept]))
         return progress
+
+    def _outgrew_its_keys(self, request: Request, num_new: int) -> bool:
+        """True where the new tokens brought a sequence beyond the model's `switch_length`."""
+        length = self._runner.switch_length
+        return length is not None and request.num_tokens - num_new <= length < request.num_tokens
 
     def _finish(self, request: Request, finish_reason: FinishReason) -> None:
         del self._requests[request.request_id]

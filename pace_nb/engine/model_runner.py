@@ -63,6 +63,12 @@ class ModelRunner:
         """V."""
         return self._model.vocab_size
 
+    @property
+    def switch_length(self) -> int | None:
+        """The keys of a sequence that grows beyond this many tokens are no longer right (longrope);
+        None, which most models leave unsaid, = they always are."""
+        return getattr(self._model, "switch_length", None)
+
     def run(self, scheduled: Sequence[Scheduled]) -> StepLogits:
         """Compute the next tokens of each request and store their keys and values."""
         batch = Batch.from_spans(

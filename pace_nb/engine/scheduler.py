@@ -70,19 +70,18 @@ class Scheduler:
         scheduled: list[Scheduled] = []
         budget = self._max_num_batched_tokens
 
-        for request in self.running:
-            if request.num_behind > 1:
+        for request in list(self.running):
+            # It has room for all its tokens since it was admitted, unless it decoded and then had
+            # to begin anew (`Engine`, keys that were outgrown).
+            if request.num_behind > 1 and self._make_room(request):
                 self._reuse(request)
         for request in sorted(self.running, key=lambda request: request.num_behind > 1):
             num_tokens = self._share(request, budget, scheduled)
-            # A request that prefills has room for all its tokens since it was admitted. So only the
-            # decoding ones may preempt, in order of age: their victims are not scheduled yet.
-            while num_tokens and request.status is RequestStatus.RUNNING:
-                if self._cache.allocate(request.request_id, request.num_tokens):
-                    scheduled.append(Scheduled(request, num_tokens))
-                    budget -= num_tokens
-                    break
-                self._preempt(self.running[-1])
+            # A request that prefills has its room by now. So only the decoding ones may preempt, in
+            # order of age: their victims are not scheduled yet.
+            if num_tokens and self._make_room(request):
+                scheduled.append(Scheduled(request, num_tokens))
+                budget -= num_tokens
 
         while self.waiting and len(self.running) < self._max_num_seqs and budget > 0:
             request = self.waiting[0]
@@ -124,6 +123,14 @@ class Scheduler:
             if not request.num_generated_tokens:
                 request.num_cached_tokens += found - request.num_computed_tokens
             request.num_computed_tokens = found
+
+    def _make_room(self, request: Request) -> bool:
+        """Room for all tokens of a running request; False where it had to give way itself."""
+        while request.status is RequestStatus.RUNNING:
+            if self._cache.allocate(request.request_id, request.num_tokens):
+                return True
+            self._preempt(self.running[-1])
+        return False
 
     def _preempt(self, request: Request) -> None:
         """Take the room of a running request; it waits in its old place."""

@@ -122,6 +122,13 @@ class RopeParameters:
         return self.rope_type in _BY_LENGTH
 
     @property
+    def switch_length(self) -> int | None:
+        """A sequence of more tokens rotates otherwise, at all its positions; None = there is no
+        such length. `dynamic` has none: it changes beyond max_position_embeddings, where no
+        sequence gets."""
+        return self.original_length if self.rope_type == "longrope" else None
+
+    @property
     def stretch(self) -> float:
         """`factor`, or where it is left out the ratio of the context lengths (yarn, longrope)."""
         if self.factor is not None:

@@ -157,10 +157,17 @@ class MistralForCausalLM(Module):
         """The longest sequence the model was made for."""
         return self._config.max_position_embeddings
 
+    @property
+    def switch_length(self) -> int | None:
+        """A sequence that grows beyond it is computed anew: all its keys rotate otherwise."""
+        return self._config.rope.switch_length
+
     def kv_cache_config(self, dtype: str) -> KVCacheConfig:
         """What has to be cached for every token."""
         c = self._config
-        return KVCacheConfig(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, dtype)
+        return KVCacheConfig(
+            c.num_hidden_layers, c.num_key_value_heads, c.head_dim, dtype, c.rope.by_length
+        )
 
     def __call__(self, batch: Batch, kv: BatchKV) -> Float32Array:
         """The residual stream after the last layer, f32[T, E]; `logits` applies the final norm."""

@@ -15,8 +15,8 @@ Each addition is done by the norm that follows it (`delta` below), in one pass o
 The long-context models have two sets of rotary frequencies (longrope): a sequence of up to
 `original_max_position_embeddings` tokens rotates with the short factors, a longer one with the long
 factors, position 0 included. The length is `Step.sequence_lens`, each sequence's own: all of it
-that is known, so a prompt's chunks rotate alike. Where a sequence grows past the boundary, its
-cached keys stay as they were rotated.
+that is known, so a prompt's chunks rotate alike. One that grows past the boundary is computed anew
+by the engine (`switch_length`), as transformers does it: its cached keys have the short factors.
 Source: transformers 5.23, models/phi3.
 """
 
@@ -168,6 +168,11 @@ class Phi3ForCausalLM(Module):
     def max_position_embeddings(self) -> int:
         """The longest sequence the model was made for."""
         return self._config.max_position_embeddings
+
+    @property
+    def switch_length(self) -> int | None:
+        """A sequence that grows beyond it is computed anew: all its keys rotate otherwise."""
+        return self._config.rope.switch_length
 
     def kv_cache_config(self, dtype: str) -> KVCacheConfig:
         """What has to be cached for every token."""

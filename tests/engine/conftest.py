@@ -8,7 +8,7 @@ out, and whatever gives the same tokens as a request alone is right.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,17 +29,19 @@ STORED = KVCacheConfig(num_layers=2, num_kv_heads=2, head_dim=2, dtype="float32"
 
 
 class ScriptedModel:
-    """`registry.Model`. `before_run(batch)` is called first and may raise."""
+    """`registry.Model`. `before_run(batch)` is called first and may raise. In a sequence of more
+    tokens than `switch_length` every token leaves other keys and values, as with longrope."""
 
     vocab_size = VOCAB_SIZE
     max_position_embeddings = 10_000
 
-    def __init__(self) -> None:
+    def __init__(self, switch_length: int | None = None) -> None:
+        self.switch_length = switch_length
         self.before_run = lambda batch: None
         self.batches: list[Any] = []
 
     def kv_cache_config(self, dtype):
-        return STORED
+        return replace(STORED, keys_by_length=self.switch_length is not None)
 
     def __call__(self, batch, kv):
         self.before_run(batch)
@@ -54,6 +56,8 @@ class ScriptedModel:
             here = batch.positions[new]
             tokens = batch.token_ids[new].astype(np.float32)
             tokens[tokens == POISON] = np.nan
+            if self.switch_length is not None and batch.seq_lens[b] > self.switch_length:
+                tokens += VOCAB_SIZE
             for index in range(STORED.num_layers):
                 k, v = kv.layer(index)
                 for dim in range(STORED.head_dim):
@@ -131,12 +135,12 @@ class Scripted:
     VOCAB_SIZE, POISON, EOS = VOCAB_SIZE, POISON, EOS
 
     @staticmethod
-    def setup(*, num_units=64, max_model_len=512, **options) -> Setup:
-        model = ScriptedModel()
+    def setup(*, num_units=64, max_model_len=512, switch_length=None, **options) -> Setup:
+        model = ScriptedModel(switch_length)
         config = EngineConfig(**options)
         block_size = config.block_size or UNIT
         cache = create_cache(
-            STORED,
+            model.kv_cache_config("float32"),
             CacheConfig(
                 config.kv_cache,
                 num_units * UNIT // block_size * block_size,

@@ -73,11 +73,11 @@ def build(scripted, specifications):
     ]
 
 
-def alone(scripted, specifications):
+def alone(scripted, specifications, **options):
     """What each of the requests gets in an engine of its own."""
     results = []
     for request in build(scripted, specifications):
-        scripted.setup().run(request)
+        scripted.setup(**options).run(request)
         results.append(scripted.result(request))
     return results
 
@@ -102,6 +102,31 @@ def test_any_schedule_gives_what_each_request_gets_alone(scripted, specification
     run_as_they_arrive(scripted.setup(**options), requests, specifications)
     event(f"preemptions: {sum(request.num_preemptions for request in requests)}")
     assert [scripted.result(request) for request in requests] == alone(scripted, specifications)
+
+
+@quick
+@given(specifications=REQUESTS, options=engine_options(), switch_length=st.integers(1, 85))
+def test_any_schedule_of_sequences_that_outgrow_their_keys(
+    scripted, specifications, options, switch_length
+):
+    """The model is one with longrope. Alone means without neighbours, chunks and preemption."""
+    switch = {"switch_length": switch_length}
+    requests = build(scripted, specifications)
+    run_as_they_arrive(scripted.setup(**options, **switch), requests, specifications)
+    assert [scripted.result(r) for r in requests] == alone(scripted, specifications, **switch)
+
+
+def test_a_sequence_that_outgrows_its_keys_is_computed_anew(scripted):
+    """Each token is what follows from all before it, as a prompt of their length has it."""
+    setup = scripted.setup(switch_length=24)
+    request = scripted.request("0", range(20), max_tokens=10, ignore_eos=True)
+    setup.run(request)
+    assert [batch.num_tokens for batch in setup.model.batches] == [20, 1, 1, 1, 1, 25, 1, 1, 1, 1]
+    assert request.num_preemptions == 0
+    for length in range(20, 30):
+        again = scripted.request("1", request.token_ids[:length], max_tokens=1)
+        scripted.setup(switch_length=24).run(again)
+        assert again.token_ids == request.token_ids[: length + 1]
 
 
 @quick

@@ -178,6 +178,17 @@ def test_which_types_depend_on_the_length_of_the_sequence():
     assert not any(p.by_length for p in (parameters(), parameters(**YARN)))
 
 
+def test_the_length_where_all_positions_rotate_otherwise():
+    """Beyond it, not at it. dynamic changes only where no sequence gets."""
+    rope = parameters(**LONGROPE)
+    length = rope.switch_length
+    short, still, long = (inverse_frequencies(rope, n) for n in (1, length, length + 1))
+    np.testing.assert_array_equal(still, short)
+    assert not np.allclose(long, short)
+    assert parameters(rope_type="dynamic", factor=2.0).switch_length is None
+    assert parameters().switch_length is None and parameters(**YARN).switch_length is None
+
+
 @pytest.mark.parametrize("changes", [LONGROPE, {"rope_type": "dynamic", "factor": 4.0}])
 def test_a_sequence_does_not_depend_on_its_neighbours_length(changes):
     """Three sequences of a batch, one of them long: each gets what it gets alone."""
