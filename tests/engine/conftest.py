@@ -1,9 +1,11 @@
 """A scripted model: logits that depend on a request's own tokens, read back through the KV pool.
 
 What it computes for a token is a hash of all tokens up to it. The tokens before are not taken from
-the batch but from the cache, where an earlier step has put them (in every layer, head and dim, keys
-and values). So a scheduler or a cache that loses, mixes up or forgets a token changes what comes
-out, and whatever gives the same tokens as a request alone is right.
+the batch but from the cache, where an earlier step has put them (in every layer, head and dim): in
+keys the token, in values a hash of it and all before it, which goes into the result as well. So a
+scheduler or a cache that loses, mixes up or forgets a token, or hands out a block of the right
+tokens after the wrong ones, changes what comes out, and whatever gives the same tokens as a request
+alone is right.
 """
 
 from __future__ import annotations
@@ -58,22 +60,22 @@ class ScriptedModel:
             tokens[tokens == POISON] = np.nan
             if self.switch_length is not None and batch.seq_lens[b] > self.switch_length:
                 tokens += VOCAB_SIZE
-            for index in range(STORED.num_layers):
-                k, v = kv.layer(index)
-                for dim in range(STORED.head_dim):
-                    k[:, units[here], dim, slots[here], 0] = tokens + 100 * index + dim
-                    v[:, units[here], slots[here], dim, 0] = tokens + 200 * index + dim
-            read = np.zeros(len(positions))
-            for index in range(STORED.num_layers):
-                k, v = kv.layer(index)
-                for dim in range(STORED.head_dim):
-                    weight = 1 + 7 * index + 3 * dim
-                    read += weight * k[:, units, dim, slots, 0].sum(axis=0)
-                    read += 5 * weight * v[:, units, slots, dim, 0].sum(axis=0)
-            bad = np.maximum.accumulate(np.isnan(read))
+            keys, values = np.zeros((2, len(positions)))
+            for index, dim in np.ndindex(STORED.num_layers, STORED.head_dim):
+                k = kv.layer(index).k
+                k[:, units[here], dim, slots[here], 0] = tokens + 100 * index + dim
+                keys += (1 + 7 * index + 3 * dim) * k[:, units, dim, slots, 0].sum(axis=0)
             spread = np.uint64(0x9E3779B97F4A7C15) * (2 * positions.astype(np.uint64) + 1)
-            prefix = np.cumsum(mix(np.nan_to_num(read).astype(np.uint64) + spread))  # wraps
-            words = mix(prefix[here])[:, None] >> np.arange(0, 64, 16, dtype=np.uint64)
+            prefix = np.cumsum(mix(np.nan_to_num(keys).astype(np.uint64) + spread))  # wraps
+            hashed = (prefix >> np.uint64(44)).astype(np.float32)  # 20 bits
+            hashed[np.maximum.accumulate(np.isnan(keys))] = np.nan
+            for index, dim in np.ndindex(STORED.num_layers, STORED.head_dim):
+                v = kv.layer(index).v
+                v[:, units[here], slots[here], dim, 0] = hashed[here] + 100 * index + dim
+                values += (5 + 9 * index + 2 * dim) * v[:, units, slots, dim, 0].sum(axis=0)
+            bad = np.maximum.accumulate(np.isnan(values))
+            whole = prefix + np.cumsum(mix(np.nan_to_num(values).astype(np.uint64) + spread))
+            words = mix(whole[here])[:, None] >> np.arange(0, 64, 16, dtype=np.uint64)
             hidden[new] = words & np.uint64(0xFFFF)
             hidden[new][bad[here]] = np.nan
         return hidden
@@ -153,7 +155,9 @@ class Scripted:
         return Setup(engine, model, cache)
 
     @staticmethod
-    def request(request_id, prompt, *, max_tokens=8, bad_words=(), **params) -> Request:
+    def request(
+        request_id, prompt, *, max_tokens=8, bad_words=(), cache_salt=None, **params
+    ) -> Request:
         params = {"temperature": 0.0, **params}
         return Request(
             request_id=request_id,
@@ -163,6 +167,7 @@ class Scripted:
             metrics=RequestMetrics(arrival_time=0.0),
             eos_token_ids=frozenset({EOS}),
             bad_words_token_ids=bad_words,
+            cache_salt=cache_salt,
         )
 
     @staticmethod

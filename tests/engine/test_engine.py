@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pace_nb.config import KV_CACHE_KINDS
 from pace_nb.engine.engine import Engine
 from pace_nb.errors import InvalidRequestError, OutOfMemoryError
+from pace_nb.kv_cache import paged
 from pace_nb.kv_cache.base import UNIT
 
 quick = settings(
@@ -32,13 +33,19 @@ PARAMS = st.fixed_dictionaries(
         "stop_token_ids": st.lists(st.integers(0, 37), max_size=4),
         "min_tokens": st.integers(0, 3),
         "ignore_eos": st.booleans(),
+        "cache_salt": st.sampled_from(["a", "b"]),
     },
 )
 # Drawn by length: drawn as a list a prompt would nearly always be short, and nothing would preempt.
+# Those of one seed begin alike; those of two end alike, which must not be mistaken for it.
 PROMPTS = st.builds(
-    lambda length, seed: np.random.default_rng(seed).integers(0, 38, length).tolist(),
+    lambda length, seed: (
+        np.random.default_rng(seed).integers(0, 38, 60).tolist()[-length:]
+        if seed == 2
+        else np.random.default_rng(seed).integers(0, 38, length).tolist()
+    ),
     st.integers(1, 60),
-    st.integers(0, 9),
+    st.integers(0, 2),
 )
 REQUESTS = st.lists(
     st.tuples(
@@ -53,15 +60,27 @@ REQUESTS = st.lists(
 
 
 @st.composite
+def cache_options(draw):
+    """Any kind of cache, with small and large blocks, beginnings shared or not."""
+    kind = draw(st.sampled_from([*KV_CACHE_KINDS, "paged"]))
+    if kind == "contiguous":
+        return {"kv_cache": kind}
+    options = {"kv_cache": kind, "block_size": draw(st.sampled_from([None, 16, 32]))}
+    if kind == "paged":
+        options["enable_prefix_caching"] = draw(st.sampled_from([None, True, False]))
+    return options
+
+
+@st.composite
 def engine_options(draw):
     """Any kind of cache, any budget, and a pool that may hold little more than one request."""
     max_num_seqs = draw(st.integers(1, 6))
     return {
-        "kv_cache": draw(st.sampled_from(KV_CACHE_KINDS)),
+        **draw(cache_options()),
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": draw(st.integers(max_num_seqs, max_num_seqs + 40)),
         "enable_chunked_prefill": draw(st.booleans()),
-        "num_units": draw(st.integers(6, 8)),  # 84 tokens, the most that one request needs, take 6
+        "num_units": draw(st.integers(6, 9)),  # 84 tokens, the most that one request needs, take 6
         "max_model_len": draw(st.sampled_from([100, 512, 2048])),
     }
 
@@ -77,7 +96,7 @@ def alone(scripted, specifications, **options):
     """What each of the requests gets in an engine of its own."""
     results = []
     for request in build(scripted, specifications):
-        scripted.setup(**options).run(request)
+        scripted.setup(kv_cache="contiguous", **options).run(request)
         results.append(scripted.result(request))
     return results
 
@@ -101,6 +120,7 @@ def test_any_schedule_gives_what_each_request_gets_alone(scripted, specification
     requests = build(scripted, specifications)
     run_as_they_arrive(scripted.setup(**options), requests, specifications)
     event(f"preemptions: {sum(request.num_preemptions for request in requests)}")
+    event(f"hits: {sum(request.num_cached_tokens > 0 for request in requests)}")
     assert [scripted.result(request) for request in requests] == alone(scripted, specifications)
 
 
@@ -183,40 +203,50 @@ FIXED = [
     ([4, 5, 6, 7] * 8, 12, {"temperature": 1.0, "seed": 3, "prompt_logprobs": 1}, 1),
     ([8], 15, {"temperature": 0.9, "seed": 4, "ignore_eos": True}, 2),
 ]
-TIGHT = {"num_units": 5, "max_num_seqs": 3, "max_num_batched_tokens": 20}
+CACHES = [
+    {"kv_cache": "contiguous"},
+    {"kv_cache": "slab", "block_size": 16},
+    {"kv_cache": "paged"},
+    {"kv_cache": "paged", "enable_prefix_caching": False},
+]
 
 
-def test_the_fixed_case_preempts(scripted):
+@pytest.fixture(params=CACHES, ids=lambda options: "-".join(map(str, options.values())))
+def tight(request):
+    """Little room, in every kind of cache."""
+    return {"num_units": 5, "max_num_seqs": 3, "max_num_batched_tokens": 20, **request.param}
+
+
+def test_the_fixed_case_preempts(scripted, tight):
     """The tests below are about a run in which everything happens."""
     requests = build(scripted, FIXED)
-    setup = scripted.setup(**TIGHT)
+    setup = scripted.setup(**tight)
     run_as_they_arrive(setup, requests, FIXED)
     assert sum(request.num_preemptions for request in requests) >= 1
     assert len(setup.model.batches) < 60
 
 
-@pytest.mark.parametrize("problem", [ValueError("a\nb"), MemoryError()])
-def test_an_exception_at_the_nth_call_of_the_model_costs_nobody_anything(scripted, problem):
+def test_an_exception_at_the_nth_call_of_the_model_costs_nobody_anything(scripted, tight):
     expected = alone(scripted, FIXED)
     for nth in range(60):
         requests = build(scripted, FIXED)
-        setup = scripted.setup(**TIGHT)
+        setup = scripted.setup(**tight)
         calls = iter(range(10_000))
 
         def fail_once(batch, calls=calls, nth=nth):
             if next(calls) == nth:
-                raise problem
+                raise MemoryError if nth % 2 else ValueError("a\nb")
 
         setup.model.before_run = fail_once
         run_as_they_arrive(setup, requests, FIXED)
         assert [scripted.result(request) for request in requests] == expected
 
 
-def test_a_request_on_which_the_model_always_raises_fails_alone(scripted):
+def test_a_request_on_which_the_model_always_raises_fails_alone(scripted, tight):
     expected = alone(scripted, FIXED)
     for culprit in range(3):
         requests = build(scripted, FIXED)
-        setup = scripted.setup(**TIGHT)
+        setup = scripted.setup(**tight)
 
         def fail(batch, culprit=culprit):
             if str(culprit) in batch.request_ids:
@@ -232,11 +262,11 @@ def test_a_request_on_which_the_model_always_raises_fails_alone(scripted):
                 assert scripted.result(request) == expected[index]
 
 
-def test_when_the_model_always_raises_all_end_and_the_next_is_served(scripted):
+def test_when_the_model_always_raises_all_end_and_the_next_is_served(scripted, tight):
     def fail(batch):
         raise ValueError("no")
 
-    setup = scripted.setup(**TIGHT)
+    setup = scripted.setup(**tight)
     setup.model.before_run = fail
     requests = build(scripted, FIXED)
     setup.run(*requests)
@@ -248,10 +278,10 @@ def test_when_the_model_always_raises_all_end_and_the_next_is_served(scripted):
     assert [scripted.result(request) for request in requests] == alone(scripted, FIXED)
 
 
-def test_an_interrupt_in_the_middle_of_a_step_loses_nothing(scripted):
+def test_an_interrupt_in_the_middle_of_a_step_loses_nothing(scripted, tight):
     """Ctrl-C belongs to whoever pressed it; what others asked for goes on."""
     requests = build(scripted, FIXED)
-    setup = scripted.setup(**TIGHT)
+    setup = scripted.setup(**tight)
     for request in requests:
         setup.engine.add(request)
     calls = iter(range(10_000))
@@ -272,12 +302,12 @@ def test_an_interrupt_in_the_middle_of_a_step_loses_nothing(scripted):
     assert [scripted.result(request) for request in requests] == alone(scripted, FIXED)
 
 
-def test_the_cache_denying_the_nth_request_for_room(scripted, monkeypatch):
+def test_the_cache_denying_the_nth_request_for_room(scripted, tight, monkeypatch):
     """Whoever gets none ends with a reason or gets it later; nobody gets anything wrong."""
     expected = alone(scripted, FIXED)
     for nth in range(80):
         requests = build(scripted, FIXED)
-        setup = scripted.setup(**TIGHT)
+        setup = scripted.setup(**tight)
         calls = iter(range(10_000))
         allocate = setup.cache.allocate
         monkeypatch.setattr(
@@ -295,10 +325,10 @@ def test_the_cache_denying_the_nth_request_for_room(scripted, monkeypatch):
             assert request in failed or scripted.result(request) == result
 
 
-def test_neighbours_abort_and_preemption_in_one_step(scripted):
+def test_neighbours_abort_and_preemption_in_one_step(scripted, tight):
     expected = alone(scripted, FIXED)
     requests = build(scripted, FIXED)
-    setup = scripted.setup(**TIGHT)
+    setup = scripted.setup(**tight)
 
     def abort_what_was_preempted(step):
         for request in requests:
@@ -312,6 +342,168 @@ def test_neighbours_abort_and_preemption_in_one_step(scripted):
         assert request.finish_reason == "abort" or scripted.result(request) == result
 
 
+# ---- shared beginnings ---------------------------------------------------------------------------
+def busy(seed):
+    """Many requests that begin in few ways and come close together, as under a system prompt."""
+    rng = np.random.default_rng(seed)
+    texts = rng.integers(0, 38, (2, 60)).tolist()
+    variants = [
+        {},
+        {"temperature": 1.5, "logprobs": 2},
+        {"prompt_logprobs": 1},
+        {"cache_salt": "a"},
+    ]
+    return [
+        (
+            texts[rng.integers(2)][: rng.integers(1, 61)] + rng.integers(0, 38, 3).tolist(),
+            int(rng.integers(1, 25)),
+            {"seed": number, **variants[rng.choice([0, 0, 1, 1, 2, 3])]},
+            int(rng.integers(0, 20)),
+        )
+        for number in range(12)
+    ]
+
+
+@pytest.mark.parametrize("bits", [256, 4, 0])
+def test_who_shares_a_beginning_gets_what_it_gets_alone(scripted, monkeypatch, bits):
+    """Full digests, and digests that collide; among preemptions, aborts and steps that raise."""
+    digest = paged._digest
+
+    def short(before, token_ids):
+        return bytes([digest(before, token_ids)[0] % 2**bits])
+
+    if bits < 256:
+        monkeypatch.setattr(paged, "_digest", short)
+    cached = preemptions = 0
+    for seed in range(20):
+        specifications = busy(seed)
+        requests = build(scripted, specifications)
+        rng = np.random.default_rng(seed)
+        setup = scripted.setup(
+            num_units=int(rng.integers(6, 12)),
+            max_num_seqs=6,
+            max_num_batched_tokens=int(rng.integers(6, 80)),
+            enable_chunked_prefill=bool(rng.integers(2)),
+        )
+
+        def sometimes_fail(batch, rng=rng):
+            if rng.random() < 0.05:
+                raise MemoryError
+
+        def abort(step, setup=setup, rng=rng):
+            if rng.random() < 0.1:
+                setup.engine.abort(str(rng.integers(12)))
+
+        setup.model.before_run = sometimes_fail
+        run_as_they_arrive(setup, requests, specifications, abort)
+        cached += sum(request.num_cached_tokens for request in requests)
+        preemptions += sum(request.num_preemptions for request in requests)
+        for request, expected in zip(requests, alone(scripted, specifications), strict=True):
+            if request.finish_reason == "abort":
+                assert expected[0][: request.num_generated_tokens] == request.generated_token_ids
+            elif request.error != "MemoryError: ":  # it failed twice, by chance
+                assert scripted.result(request) == expected
+    assert preemptions > 10, preemptions
+    assert cached > (1000 if bits == 256 else 100), cached
+
+
+def test_what_is_in_the_cache_is_not_computed(scripted):
+    setup = scripted.setup(max_num_batched_tokens=64)
+    prompt = [1, 2, 3] * 20
+    for request_id, tokens, cached in [
+        ("miss", prompt, 0),
+        ("hit", prompt, 48),
+        ("longer", prompt + [5] * 30, 48),
+        ("partial", prompt[:40] + [5] * 20, 32),
+        ("at a boundary", prompt[:48], 32),  # its last token must be computed, so its last block is
+        ("short", prompt[:16], 0),
+        ("other", [9, *prompt], 0),
+    ]:
+        setup.model.batches.clear()
+        request = scripted.request(request_id, tokens, max_tokens=2, ignore_eos=True)
+        setup.run(request)
+        assert request.num_cached_tokens == cached, request_id
+        computed = sum(batch.num_tokens for batch in setup.model.batches)
+        assert computed == len(tokens) + 1 - cached
+        assert (
+            scripted.result(request) == alone(scripted, [(tokens, 2, {"ignore_eos": True}, 0)])[0]
+        )
+
+
+def test_prompt_logprobs_need_every_row(scripted):
+    setup = scripted.setup()
+    setup.run(scripted.request("plain", [1, 2] * 20))
+    request = scripted.request("all", [1, 2] * 20, prompt_logprobs=0)
+    setup.run(request)
+    assert request.num_cached_tokens == 0
+    assert len(request.prompt_logprobs) == 40
+
+
+def test_requests_that_come_together_share_as_soon_as_one_is_through(scripted):
+    """n completions of one prompt: only what one step takes is computed more than once."""
+    setup = scripted.setup(max_num_batched_tokens=96, max_num_seqs=8)
+    prompt = list(range(30)) * 2
+    requests = [scripted.request(str(n), prompt, max_tokens=4, ignore_eos=True) for n in range(5)]
+    for request in requests:
+        setup.engine.add(request)
+    setup.step()
+    assert [batch.num_tokens for batch in setup.model.batches] == [60 + 36]
+    setup.step()
+    # One decodes, four have 48 of 60 tokens from it: the second gave back what it had computed.
+    assert setup.model.batches[-1].num_tokens == 1 + 4 * 12
+    assert [request.num_cached_tokens for request in requests] == [0, 12, 48, 48, 48]
+    used = setup.cache.num_total_tokens - setup.cache.num_free_tokens
+    assert used == (3 + 5) * UNIT
+    setup.run()
+    assert len({tuple(request.token_ids) for request in requests}) == 1
+
+
+def test_a_preempted_request_finds_what_it_computed(scripted):
+    setup = scripted.setup(num_units=6, max_num_seqs=2)
+    old = scripted.request("old", [1] * 40, max_tokens=16, ignore_eos=True)
+    young = scripted.request("young", [2] * 30, max_tokens=30, ignore_eos=True)
+    setup.engine.add(old)
+    setup.engine.add(young)
+    while not young.num_preemptions:
+        setup.step()
+    assert young.num_tokens > 32
+    setup.model.batches.clear()
+    while young.num_computed_tokens == 0:
+        setup.step()
+    assert setup.model.batches[-1].positions[-1] == young.num_tokens - 2
+    assert "young" in setup.model.batches[-1].request_ids
+    assert setup.model.batches[-1].num_tokens < 20  # not all it has: its first block is still there
+    assert young.num_cached_tokens == 0  # it computed all of its prompt once
+    setup.run()
+    assert scripted.result(young) == alone(scripted, [([2] * 30, 30, {"ignore_eos": True}, 0)])[0]
+
+
+def test_a_failed_request_leaves_nothing_to_be_found(scripted):
+    prompt = [1, 2, 3] * 20
+    setup = scripted.setup(max_num_batched_tokens=32)
+    setup.run(scripted.request("good", prompt))
+    for name in ("bad", "bad again"):
+        request = scripted.request(name, [*prompt, scripted.POISON, *prompt])
+        setup.run(request)
+        assert request.finish_reason == "error"
+        assert request.num_cached_tokens == (48 if name == "bad" else 0)
+    for index in range(2):
+        pool = setup.cache.layer(index)
+        assert np.isfinite(pool.k).all() and np.isfinite(pool.v).all()
+    after = scripted.request("after", prompt)
+    setup.run(after)
+    assert after.num_cached_tokens == 0
+    assert scripted.result(after) == alone(scripted, [(prompt, 8, {}, 0)])[0]
+
+
+@pytest.mark.parametrize("salt", ["", 5, b"x"])
+def test_a_salt_is_a_text(scripted, salt):
+    setup = scripted.setup()
+    with pytest.raises(InvalidRequestError, match=r"cache_salt is .*, expected a non-empty string"):
+        setup.engine.add(scripted.request("a", [1], cache_salt=salt))
+
+
+# ---- odds and ends -------------------------------------------------------------------------------
 def test_unseeded_requests_differ_from_each_other_and_repeat_with_the_engine_seed(scripted):
     def run(seed):
         setup = scripted.setup(seed=seed)
