@@ -44,7 +44,8 @@ ARCHITECTURES = {
 
 
 class Model(Protocol):
-    """What the engine sees of a model."""
+    """What the engine sees of a model. One with longrope has `switch_length` as well, see there in
+    engine/model_runner.py."""
 
     @property
     def vocab_size(self) -> int:

@@ -30,6 +30,21 @@ def test_every_entry_leads_to_a_model_class(name):
     assert isinstance(model_class.ignored_weights, tuple)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Phi3", "Qwen2", "Qwen3"])
+def test_longrope_is_named_to_the_engine(family):
+    """Its keys cannot be shared, and are no longer right beyond the boundary."""
+    longrope = {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 5.0]}
+    config = LLAMA | {"architectures": [f"{family}ForCausalLM"], "head_dim": 4}
+    for changes, by_length, switch_length in (
+        ({}, False, None),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, True, None),
+        ({"rope_scaling": longrope, "original_max_position_embeddings": 8}, True, 8),
+    ):
+        model = build_model(config | changes, ["model.norm.weight"])
+        assert model.kv_cache_config("float32").keys_by_length == by_length
+        assert model.switch_length == switch_length
+
+
 @pytest.mark.parametrize(
     "listed", ["BertModel", "os.system", "pace_nb.models.llama.LlamaForCausalLM", "llama", ""]
 )
