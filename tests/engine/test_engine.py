@@ -149,6 +149,16 @@ def test_a_sequence_that_outgrows_its_keys_is_computed_anew(scripted):
         assert again.token_ids == request.token_ids[: length + 1]
 
 
+def test_room_for_what_is_computed_anew_comes_before_anybody_is_scheduled(scripted):
+    """At 33 tokens the first needs a third unit, and the second, which decodes, has to give way."""
+    specifications = [(list(range(31)), 8, {}, 0), (list(range(17)), 8, {}, 0)]
+    requests = build(scripted, specifications)
+    run_as_they_arrive(scripted.setup(num_units=4, switch_length=32), requests, specifications)
+    assert [request.num_preemptions for request in requests] == [0, 1]
+    expected = alone(scripted, specifications, switch_length=32)
+    assert [scripted.result(request) for request in requests] == expected
+
+
 @quick
 @given(specifications=REQUESTS, options=engine_options(), data=st.data())
 def test_aborts_give_everything_back_and_change_nobody_else(
