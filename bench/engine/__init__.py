@@ -1,0 +1,1 @@
+"""The engine measured whole: latency and throughput against the roofline of the machine."""

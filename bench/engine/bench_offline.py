@@ -1,0 +1,112 @@
+"""Latency of the whole engine on a model's shape, beside the rooflines of the same process.
+
+    python -m bench.engine.bench_offline llama-3.2-1b qwen2-1.5b --checkpoints /tmp/checkpoints
+
+Decode, batch 1 and 8: tokens/s against bytes of weights / DRAM read rate of the largest weight.
+Prefill, 128 and 1024 tokens: tokens/s against the weights' FLOPs / register peak. vLLM's
+definitions: decode counts generated tokens after the first, prefill the time to the first token.
+Start-up is loading, with the kernels' machine code in the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import timing
+from bench.make_checkpoint import SHAPES, tensors_of, write
+from pace_nb import LLM, SamplingParams
+from pace_nb.kernels import jit, limits
+
+ROUNDS = 5
+DECODED = 24
+
+
+def weights_of(name: str) -> int:
+    """Parameters that a decoded token multiplies with: all matrices, the tied head once."""
+    return sum(prod(shape) for _, shape in tensors_of(name) if len(shape) > 1)
+
+
+def seconds(llm: LLM, prompts: list[list[int]], num_tokens: int) -> float:
+    params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+    start = time.perf_counter()
+    llm.generate(prompts, params, use_tqdm=False)
+    return time.perf_counter() - start
+
+
+def measure(name: str, directory: Path) -> list[dict[str, Any]]:
+    if not (directory / "model.safetensors").exists():
+        write(name, directory)
+    rng = np.random.default_rng(0)
+    start = time.perf_counter()
+    rows = []
+    with LLM(directory, max_model_len=1100, max_num_seqs=8) as llm:
+        loaded = time.perf_counter() - start
+        num_weights = weights_of(name)
+        buffer = np.ones(1 << 27, np.float32)  # 512 MiB
+
+        def prompt(length: int) -> list[int]:
+            return [int(t) for t in rng.integers(0, 999, length)]
+
+        for length in (16, 128, 1024):  # compiles, and touches every page
+            seconds(llm, [prompt(length)], 2)
+        for batch in (1, 8):
+            shares, rates, reads = [], [], []
+            prompts = [prompt(16) for _ in range(batch)]
+            for _ in range(ROUNDS):
+                read = limits.dram_read_rate(buffer, repeats=2)
+                step = (seconds(llm, prompts, DECODED + 1) - seconds(llm, prompts, 1)) / DECODED
+                rates.append(batch / step)
+                reads.append(batch * read / (2 * num_weights))
+                shares.append(2 * num_weights / step / read)
+            rows.append(row(f"{name} decode batch {batch}", rates, reads, shares))
+        for length in (128, 1024):
+            shares, rates, peaks = [], [], []
+            for _ in range(ROUNDS):
+                peak = limits.flop_peak()
+                prefill = length / seconds(llm, [prompt(length)], 1)
+                rates.append(prefill)
+                peaks.append(peak / (2 * num_weights))
+                shares.append(prefill * 2 * num_weights / peak)
+            rows.append(row(f"{name} prefill {length}", rates, peaks, shares))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"{name}: loaded in {loaded:.1f} s, peak RSS {memory:.2f} GB")
+    return rows
+
+
+def row(
+    case: str, rates: list[float], roofline: list[float], shares: list[float]
+) -> dict[str, Any]:
+    return {
+        "case": case,
+        "value": float(np.median(rates)),
+        "unit": "tok/s",
+        "limit": float(np.median(roofline)),
+        "limit_unit": "tok/s",
+        "share": float(np.median(shares)),
+        "best": max(rates),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=["llama-3.2-1b"], choices=sorted(SHAPES))
+    parser.add_argument(
+        "--checkpoints", type=Path, required=True, help="a folder with some GB free"
+    )
+    options = parser.parse_args()
+    for name in options.names:
+        before = timing.preemptions()
+        rows = measure(name, options.checkpoints / name)
+        record = timing.preemptions() - before
+        timing.record(f"offline_{name}", jit.num_threads(), rows, record)
+
+
+if __name__ == "__main__":
+    main()
