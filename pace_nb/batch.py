@@ -20,7 +20,7 @@ The last query token of a request is its last key:
 positions[cu_seqlens_q[b+1] - 1] == context_lens[b] - 1. A prompt that runs in chunks has seq_lens
 above context_lens until its last chunk: rotary frequencies that depend on a sequence's length
 (longrope, dynamic) must not depend on where a prompt was cut.
-Source: the varlen form of FlashAttention and vLLM v1, as nano-vllm uses it (ANCHORS.md 1.1).
+Source: the varlen form of FlashAttention and vLLM v1, as nano-vllm uses it.
 """
 
 from __future__ import annotations

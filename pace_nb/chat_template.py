@@ -7,7 +7,7 @@ the first conversation (0.1 s), then waits for the next (0.2 ms each), and ends 
 with the object.
 
 Source: transformers `PreTrainedTokenizerBase.apply_chat_template`; OpenAI's message format;
-limits: `../shared/design/RELIABILITY.md` S3 and S4.
+limits: see SECURITY.md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ lengths against `max_model_len` are checked where those are known, at the engine
 vLLM's `output_kind`, `structured_outputs`, `extra_args` and `spaces_between_special_tokens` are
 absent: an option that would be ignored is worse than one that is refused by name.
 
-Source: vLLM `vllm/sampling_params.py`; the caps are `../shared/design/RELIABILITY.md` S19 and S25.
+Source: vLLM `vllm/sampling_params.py`; the caps keep one request's cost bounded.
 """
 
 from __future__ import annotations

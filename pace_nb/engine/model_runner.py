@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pace_nb.batch import Batch
 from pace_nb.config import EngineConfig
 from pace_nb.engine.scheduler import Scheduled
-from pace_nb.errors import OutOfMemoryError
+from pace_nb.errors import ConfigError, OutOfMemoryError
 from pace_nb.kernels import jit
 from pace_nb.kv_cache.base import BatchKV, KVCache
 
@@ -56,7 +56,10 @@ class ModelRunner:
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self.cache = cache
         if config.num_threads is not None:
-            jit.set_num_threads(config.num_threads)
+            try:
+                jit.set_num_threads(config.num_threads)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
 
     @property
     def vocab_size(self) -> int:

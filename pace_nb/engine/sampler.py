@@ -26,7 +26,7 @@ A logprob's rank is 1 + the number of tokens that are likelier, or as likely and
 
 A row whose largest logit is not finite (NaN anywhere, +inf, or nothing but -inf) fails its request,
 with the reason, and no other.
-Source: vLLM v1 `vllm/v1/sample/`; Salmon et al. 2011 (Philox); RELIABILITY.md D6, D8, N2, N3.
+Source: vLLM v1 `vllm/v1/sample/`; Salmon et al. 2011 (Philox).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ When a running request needs room and there is none, the youngest running reques
 gives all its room back, waits at its old place in the line and later computes its tokens anew. The
 oldest is never preempted, and alone it always fits (the engine refuses what never could), so it
 finishes, and then the next is the oldest.
-Source: vLLM v1 (`vllm/v1/core/sched/scheduler.py`); RELIABILITY.md R9.
+Source: vLLM v1 (`vllm/v1/core/sched/scheduler.py`).
 """
 
 from __future__ import annotations

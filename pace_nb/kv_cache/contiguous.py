@@ -13,7 +13,7 @@ of one pool, so that requests share it and a request's size is not fixed when it
     room   is asked for in whole segments, and without the slack where that does not fit.
 
 Block table: one entry, the first unit of the range; a "block" is longer than any pool.
-Source: PACE `pace/llm/attention/contiguous/cache.py` (BMCKVCache); PACE_INVENTORY.md 1.2.
+Source: PACE `pace/llm/attention/contiguous/cache.py` (BMCKVCache).
 """
 
 from __future__ import annotations

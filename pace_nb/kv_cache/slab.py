@@ -9,8 +9,8 @@ in a CPU cache, is used next. To take is all or nothing.
 Blocks are as large as they may be without a layer's keys and values of one block filling more than
 a quarter of L2 (`tuned_block_size`), so that a block can stay there while the query heads that
 share it go over it. Block table: one entry per block, its first unit; a block goes by that number.
-Source: PACE `csrc/ops/attention/slab/slab_pool*` and `pace/llm/attention/slab/cache.py`
-(PACE_INVENTORY.md 1.2). There a layer has a pool of its own and keeps keys beside values; a failure
+Source: PACE `csrc/ops/attention/slab/slab_pool*` and `pace/llm/attention/slab/cache.py`.
+There a layer has a pool of its own and keeps keys beside values; a failure
 half-way through an allocation loses what was taken.
 """
 

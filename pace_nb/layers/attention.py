@@ -6,7 +6,7 @@ from: a model file projects q, k and v, hands them over here, and projects the r
 
 A step calls each kernel at most once per layer, over the flat arrays and with the indices of the
 sequences it serves, so nothing is gathered or padded. Decode and prefill kernels give the same bits
-for the same row (ARCHITECTURE.md 11.1): the choice changes speed only.
+for the same row: the choice changes speed only.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ checkpoint. A leading `_` marks what is not a weight. Does not know dtypes, file
 layer.
 
 A module is built as a shell: its constructor allocates nothing that grows with a size. `check` then
-compares every tensor's shape with the checkpoint, and only after that does `load` allocate
-(RELIABILITY.md S13).
+compares every tensor's shape with the checkpoint, and only after that does `load` allocate.
 """
 
 from __future__ import annotations

@@ -267,7 +267,7 @@ def _yarn(p: RopeParameters, sequence_len: int) -> Float64Array:
 
 
 def _longrope(p: RopeParameters, sequence_len: int) -> Float64Array:
-    # Exactly at the original length the short factors still hold (PACE_INVENTORY 4.1 #9).
+    # Exactly at the original length the short factors still hold.
     factors = p.long_factor if sequence_len > p.original_length else p.short_factor
     stretch: Float64Array = np.array(factors)
     return _default(p) / stretch

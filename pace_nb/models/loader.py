@@ -4,7 +4,7 @@ Knows which files make up a checkpoint and that they must agree. Does not know t
 (`safetensors_file.py`), what the configuration means (`config_json.py`), or layers. Only these are
 opened: config.json, generation_config.json, and model.safetensors or else
 model.safetensors.index.json with the shards that it names. Pickled weights are refused by name,
-unopened: to load one is to run it (RELIABILITY.md S1).
+unopened: to load one is to run it.
 """
 
 from __future__ import annotations

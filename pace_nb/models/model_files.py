@@ -5,7 +5,7 @@ Does not know what any file means. A model directory is written by strangers: a 
 to /etc, a FIFO that never answers, or JSON that two parsers read differently.
 
 - A file is regular, and after all links it lies in the directory itself or, for a snapshot of the
-  Hugging Face cache, among that cache's blobs (RELIABILITY.md S5).
+  Hugging Face cache, among that cache's blobs.
 - JSON is strict: UTF-8, no key twice, no NaN or Infinity (nor 1e999), bounded size and depth.
 """
 

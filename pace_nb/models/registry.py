@@ -2,7 +2,7 @@
 
 Knows the closed list of architecture strings and the order of loading. Does not know files, dtypes
 or any family's inside. Nothing in a checkpoint can name code: the list is closed, `auto_map` is
-ignored, and a quantized checkpoint is refused instead of misread (RELIABILITY.md S2).
+ignored, and a quantized checkpoint is refused instead of misread.
 
 Loading never allocates from an unchecked size: config.json is validated, the model is built as
 shells, the name and shape of every tensor are compared with the checkpoint, and only then are

@@ -8,7 +8,7 @@ import pytest
 from pace_nb.config import CacheConfig, EngineConfig
 from pace_nb.engine.model_runner import ModelRunner
 from pace_nb.engine.scheduler import Scheduled
-from pace_nb.errors import OutOfMemoryError
+from pace_nb.errors import ConfigError, OutOfMemoryError
 from pace_nb.kernels import jit
 from pace_nb.kv_cache import create_cache
 
@@ -117,3 +117,8 @@ def test_threads_are_set_once(make, monkeypatch):
     make()
     make(num_threads=3)
     assert asked == [3]
+
+
+def test_a_thread_count_that_is_not_allowed_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="num_threads=999: expected 1 to"):
+        make(num_threads=999)

@@ -172,7 +172,7 @@ def test_every_mistake_would_be_seen(ids, mistake):
 
 
 def test_one_plus_weight_is_float32_in_bfloat16_too(memory_checkpoint):
-    """Rounded to BF16, 1 + w would lose most of a small w (PACE_INVENTORY 4.1 #11)."""
+    """Rounded to BF16, 1 + w would lose most of a small w."""
     w = np.array([1e-3, -2e-3, 3e-3, 0.3], np.float32).astype(ml_dtypes.bfloat16)
     norm = Gemma3HeadRMSNorm(4, 1e-6)
     norm.load(Weights(memory_checkpoint({}, {"n.weight": w.view(np.uint16)}), "bfloat16"), "n")
