@@ -10,6 +10,7 @@ import pytest
 
 from pace_nb.batch import Batch
 from pace_nb.config import CacheConfig
+from pace_nb.kv_cache import paged
 from pace_nb.kv_cache.base import KVCacheConfig
 from pace_nb.kv_cache.paged import PagedCache
 
@@ -132,6 +133,15 @@ def test_a_salt_separates():
         assert run(cache, str(number), TEXT[:40], salt=salt) == 0
     for number, salt in enumerate([None, "x", "\ud800"]):
         assert cache.reuse(f"again {number}", TEXT, 39, salt) == 32
+
+
+def test_a_salt_separates_even_where_digests_collide(monkeypatch):
+    monkeypatch.setattr(paged, "_digest", lambda before, token_ids: b"")
+    cache = make()
+    run(cache, "a", TEXT[:20], salt="x")
+    assert run(cache, "b", TEXT[:20], salt="y") == 0
+    assert run(cache, "c", TEXT[:20], salt="x") == 0  # b's took its place
+    assert run(cache, "d", TEXT[:20], salt="x") == 16
 
 
 def test_off_nothing_is_shared():
@@ -259,6 +269,7 @@ def test_nobody_reuses_what_a_failed_request_had():
     cache.allocate("a", 90)
     cache.commit("a", TEXT, 90, None)  # the chain is broken, so nothing after it is found either
     assert cache.reuse("c", TEXT, 90, None) == 0
+    assert cache.reuse("c", TEXT[64:], 26, None) == 0  # nor as if it were a beginning
     free(cache, "a")
     assert run(cache, "c", TEXT[:90]) == 0
     assert run(cache, "d", TEXT[:90]) == 80
