@@ -116,7 +116,7 @@ def _attend_kernel(
     values,
     storage,
     work,
-    units,
+    words,
     workers,
 ):
     # One piece per (sequence, group of query tokens, key/value head, split): it reads its keys once
@@ -155,7 +155,7 @@ def _attend_kernel(
                                 chunk,
                                 scale,
                                 split,
-                                units[w * 4 : w * 4 + 4],
+                                words[w * KEY_BLOCK : w * KEY_BLOCK + KEY_BLOCK],
                                 work[w * WORK : w * WORK + WORK],
                                 p,
                                 top,
@@ -313,7 +313,7 @@ def attention_decode(
             values,
             storage,
             np.empty(workers * WORK, np.float32),
-            np.empty(workers * 4, np.int64),
+            np.empty(workers * KEY_BLOCK, np.int64),
             workers,
         )
         _fold_kernel(

@@ -120,7 +120,7 @@ def _attend_kernel(
     whole_values,
     storage,
     work,
-    units,
+    words,
     workers,
 ):
     # One piece per (sequence, key/value head, tile of query tokens): it walks over its splits and
@@ -159,7 +159,7 @@ def _attend_kernel(
                                 chunk,
                                 scale,
                                 split,
-                                units[w * 4 : w * 4 + 4],
+                                words[w * KEY_BLOCK : w * KEY_BLOCK + KEY_BLOCK],
                                 work[w * WORK : w * WORK + WORK],
                                 p,
                                 top,
@@ -296,7 +296,7 @@ def attention_prefill(
             whole_values,
             storage,
             np.empty(workers * WORK, np.float32),
-            np.empty(workers * 4, np.int64),
+            np.empty(workers * KEY_BLOCK, np.int64),
             workers,
         )
     return out

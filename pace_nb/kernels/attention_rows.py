@@ -162,16 +162,13 @@ def _value_tile(nv, mr):
     """The device function for `mr` rows and 16 `nv` columns of the values."""
 
     @jit.device_fn
-    def add_values(p, v, dp, column, units, first, end, work, values, o0):
+    def add_values(p, v, dp, column, words, first, end, work, values, o0):
         # values [mr, Dp] at o0 = alpha values + p [mr, 64] V, over words first .. end of the block
-        # (a word is S keys); V's unit j [16/S, Dp, S] begins at units[j].
+        # (a word is S keys of one column); the words of all columns [Dp, S] begin at words[x].
         s = per_word(v)
-        words = 16 // s
         acc = tile_scale_rows(tile_load(mr, nv, values, o0 + column, dp), work, ALPHA)
-        for j in range(first // words, (end + words - 1) // words):
-            v0 = units[j] + (column - j * words * dp) * s
-            for x in range(max(first, j * words), min(end, j * words + words)):
-                acc = tile_dot(acc, p, x * s, KEY_BLOCK, v, v0 + x * dp * s, 16 * s)
+        for x in range(first, end):
+            acc = tile_dot(acc, p, x * s, KEY_BLOCK, v, words[x] + column * s, 16 * s)
         tile_store(acc, values, o0 + column, dp)
 
     return add_values
@@ -233,23 +230,23 @@ def _softmax_rows(mr, first, end, scale, work, p, top, total, r):
 
 
 @jit.device_fn
-def _add_values(mr, p, v, dp, units, first, end, work, values, o0):
+def _add_values(mr, p, v, dp, words, first, end, work, values, o0):
     """All columns of the values: groups of 64, then of 16, as 6 rows of 16 keep the units busy."""
     whole = dp // 64 * 64
     for c in range(0, whole, 64):
-        _add_64_columns(mr, p, v, dp, c, units, first, end, work, values, o0)
+        _add_64_columns(mr, p, v, dp, c, words, first, end, work, values, o0)
     for c in range(whole, dp, 16):
-        _add_16_columns(mr, p, v, dp, c, units, first, end, work, values, o0)
+        _add_16_columns(mr, p, v, dp, c, words, first, end, work, values, o0)
 
 
 @jit.device_fn
-def _add_lone_value(mr, p, key, v, dp, units, values, o0):
+def _add_lone_value(mr, p, key, v, dp, words, values, o0):
     """values [mr, Dp] at o0 += p [mr] of `key` times its value; its pair's other key is hidden.
 
     A product of two BF16 is exact in f32, so fma rounds as the dot product does.
     """
     s = per_word(v)
-    v0 = units[key // 16] + key % 16 // s * dp * s
+    v0 = words[key // s]
     for c in range(0, dp, 16):
         first, second = first_of_words(v, v0 + c * s), second_of_words(v, v0 + c * s)
         value = second if key % 2 else first
@@ -315,7 +312,7 @@ def attend_split(
     chunk,
     scale,
     split,
-    units,
+    words,
     work,
     p,
     top,
@@ -325,8 +322,8 @@ def attend_split(
 ):
     """m, l, o of q [tokens * group, D] over the keys of split number `split`, into rows r0 ...
 
-    The first token is at `position`; `head` is the pool's first unit of the key/value head; units
-    [4] int64, p [6 * 64] in storage dtype and work [WORK] f32 are scratch.
+    The first token is at `position`; `head` is the pool's first unit of the key/value head; words
+    [64] int64, p [6 * 64] in storage dtype and work [WORK] f32 are scratch.
     """
     s = per_word(v)
     clear_rows(top, total, values, r0, tokens * group, dp)
@@ -341,12 +338,11 @@ def attend_split(
         u2 = head + unit_number(table, t0, units_per_block, max(near, min(far, b + 2)))
         u3 = head + unit_number(table, t0, units_per_block, max(near, min(far, b + 3)))
         k0 = (u0 * 16 * d, u1 * 16 * d, u2 * 16 * d, u3 * 16 * d)
-        units[0], units[1], units[2], units[3] = (
-            u0 * 16 * dp,
-            u1 * 16 * dp,
-            u2 * 16 * dp,
-            u3 * 16 * dp,
-        )
+        for x in range(16 // s):
+            words[x] = (u0 * 16 // s + x) * dp * s
+            words[x + 16 // s] = (u1 * 16 // s + x) * dp * s
+            words[x + 32 // s] = (u2 * 16 // s + x) * dp * s
+            words[x + 48 // s] = (u3 * 16 // s + x) * dp * s
         last_first = first_key(position + tokens - 1, window, chunk)
         whole = position + 1 >= block + KEY_BLOCK and last_first <= block
         step = tokens if whole else 1
@@ -363,11 +359,11 @@ def attend_split(
                 o0 = (r0 + r) * dp
                 _scores(mr, q, r * d, d, k, k0, work)
                 _softmax_rows(mr, first, end, scale, work, p, top, total, r0 + r)
-                _add_values(mr, p, v, dp, units, begin, stop, work, values, o0)
+                _add_values(mr, p, v, dp, words, begin, stop, work, values, o0)
                 if first % s:
-                    _add_lone_value(mr, p, first, v, dp, units, values, o0)
+                    _add_lone_value(mr, p, first, v, dp, words, values, o0)
                 if end % s:
-                    _add_lone_value(mr, p, end - 1, v, dp, units, values, o0)
+                    _add_lone_value(mr, p, end - 1, v, dp, words, values, o0)
                 r += mr
 
 
