@@ -7,8 +7,8 @@ import pytest
 from pace_nb.config import CacheConfig, EngineConfig
 from pace_nb.engine.request import RequestStatus
 from pace_nb.engine.scheduler import Scheduler
+from pace_nb.kv_cache import create_cache
 from pace_nb.kv_cache.base import UNIT, KVCacheConfig
-from pace_nb.kv_cache.contiguous import ContiguousCache
 
 MODEL = KVCacheConfig(num_layers=1, num_kv_heads=1, head_dim=2, dtype="float32")
 
@@ -17,8 +17,9 @@ MODEL = KVCacheConfig(num_layers=1, num_kv_heads=1, head_dim=2, dtype="float32")
 def make(scripted):
     """A scheduler and the requests a, b, c, ... with prompts of the given lengths in its line."""
 
-    def build(*lengths, num_units=100, **options):
-        cache = ContiguousCache(MODEL, CacheConfig("contiguous", num_units * UNIT, 64))
+    def build(*lengths, num_units=100, kind="contiguous", **options):
+        size = CacheConfig(kind, num_units * UNIT, 64, enable_prefix_caching=True)
+        cache = create_cache(MODEL, size)
         scheduler = Scheduler(EngineConfig(**options), cache)
         requests = [
             scripted.request(name, [1] * length, max_tokens=99)
@@ -38,6 +39,8 @@ def turn(scheduler):
     for request, num_tokens in scheduled:
         request.num_computed_tokens += num_tokens
         if not request.num_behind:
+            computed = request.num_computed_tokens
+            scheduler._cache.commit(request.request_id, request.token_ids, computed, None)
             request.token_ids.append(7)
     scheduler._cache.check()
     return {request.request_id: num_tokens for request, num_tokens in scheduled}
@@ -136,3 +139,46 @@ def test_the_first_schedule_is_noted_once(make):
     scheduler.finish(a)
     turn(scheduler)
     assert b.metrics.first_scheduled_time == times[1]
+
+
+# ---- what the cache has already (all prompts are of the same token, so they begin alike) ---------
+def test_what_the_cache_has_takes_nothing_of_the_budget(make):
+    scheduler, requests = make(40, 40, 60, kind="paged", max_num_batched_tokens=42, max_num_seqs=4)
+    assert turn(scheduler) == {"a": 40, "b": 2}
+    # b has what a computed, two blocks, and so has c: 8 of b, then what is left for c
+    assert turn(scheduler) == {"a": 1, "b": 8, "c": 28}
+    assert [request.num_cached_tokens for request in requests] == [0, 30, 32]
+
+
+def test_without_chunks_only_what_is_left_of_a_prompt_must_fit(make):
+    options = {"max_num_batched_tokens": 40, "enable_chunked_prefill": False, "kind": "paged"}
+    scheduler, _ = make(40, 60, 60, **options)
+    assert turn(scheduler) == {"a": 40}
+    assert turn(scheduler) == {"a": 1, "b": 28}  # 60 - 32; with c it would be more than 40
+
+
+def test_a_request_that_is_not_admitted_holds_nothing_of_what_it_found(make):
+    scheduler, (a, b) = make(40, 80, kind="paged", num_units=5)
+    assert turn(scheduler) == {"a": 40}
+    for _ in range(3):
+        assert turn(scheduler) == {"a": 1}
+        assert (b.num_computed_tokens, b.num_cached_tokens) == (0, 0)
+        assert scheduler._cache.num_free_tokens == 2 * UNIT
+    scheduler.finish(a)
+    assert scheduler._cache.num_free_tokens == 5 * UNIT
+    assert turn(scheduler) == {"b": 48}
+    assert b.num_cached_tokens == 32
+
+
+def test_one_that_gave_way_goes_on_from_what_is_still_there(make):
+    scheduler, (a, b) = make(46, 60, kind="paged", num_units=5, max_num_batched_tokens=47)
+    assert turn(scheduler) == {"a": 46}
+    assert turn(scheduler) == {"a": 1, "b": 28}  # 2 of its 4 blocks are a's
+    assert (b.num_preemptions, scheduler._cache.num_free_tokens) == (0, 0)
+    assert turn(scheduler) == {"a": 1, "b": 1}
+    assert turn(scheduler) == {"a": 1}  # its 49th token takes a block from b
+    assert b.num_preemptions == 1
+    scheduler.finish(a)
+    # Of 62 tokens 32 are a's, and 16 its own, which nobody has taken since.
+    assert turn(scheduler) == {"b": 14}
+    assert b.num_cached_tokens == 32
