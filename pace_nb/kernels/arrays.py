@@ -35,11 +35,23 @@ def require(
         wanted = " or ".join(np.dtype(d).name for d in dtypes)
         raise TypeError(f"{kernel}: {name} has dtype {x.dtype}, expected {wanted}")
     fits = x.ndim == len(shape) and all(
-        not isinstance(want, int) or want == have for want, have in zip(shape, x.shape, strict=True)
+        want is None or isinstance(want, str) or want == have
+        for want, have in zip(shape, x.shape, strict=True)
     )
     if not fits:
         wanted = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{kernel}: {name} has shape {x.shape}, expected ({wanted})")
+
+
+def contiguous(kernel: str, name: str, x: Array) -> None:
+    """`x` is addressed by element offset: it must be contiguous."""
+    if not x.flags.c_contiguous:
+        raise ValueError(f"{kernel}: {name} is not a contiguous array")
+
+
+def ascends(x: Array) -> bool:
+    """Is no element below the one before? Compared, not subtracted: a difference can wrap."""
+    return bool((x[1:] >= x[:-1]).all())
 
 
 def writable(kernel: str, name: str, x: Array) -> None:

@@ -42,7 +42,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pace_nb.kernels import jit
-from pace_nb.kernels.arrays import STORAGE, Array, in_range, require, writable
+from pace_nb.kernels.arrays import STORAGE, Array, ascends, in_range, require, writable
 from pace_nb.kernels.bf16 import widen
 from pace_nb.kernels.exp import exp
 from pace_nb.kernels.kv_write import UNIT, KVPool, kv_gather_ref
@@ -454,7 +454,7 @@ def checked(
     require(kernel, "block_table", block_table, ("B", "X"), (np.int64,))
     require(kernel, "cu_seqlens_q", cu_seqlens_q, (len(block_table) + 1,), (np.int32, np.int64))
     require(kernel, "context_lens", context_lens, (len(block_table),), (np.int32, np.int64))
-    if not np.isfinite(scale):
+    if not abs(scale) <= np.finfo(np.float32).max:
         raise ValueError(f"{kernel}: scale is {scale}, expected a finite number")
     if window < 0:
         raise ValueError(f"{kernel}: window is {window}, expected 0 (none) or more")
@@ -472,9 +472,9 @@ def checked(
     else:
         require(kernel, "out", out, q.shape, (dtype,))
         writable(kernel, "out", out)
-    query_lens = np.diff(cu_seqlens_q).astype(np.int64)
-    if cu_seqlens_q[0] != 0 or cu_seqlens_q[-1] != len(q) or (query_lens < 0).any():
+    if cu_seqlens_q[0] != 0 or cu_seqlens_q[-1] != len(q) or not ascends(cu_seqlens_q):
         raise ValueError(f"{kernel}: cu_seqlens_q is not a rising sequence from 0 to T = {len(q)}")
+    query_lens = np.diff(cu_seqlens_q).astype(np.int64)
     contexts = context_lens.astype(np.int64)
     if (contexts < query_lens).any():
         b = int((contexts < query_lens).argmax())
@@ -546,7 +546,7 @@ def _check_table(
     table = block_table[sequences, : len(column)]
     used = np.minimum(units_per_block, end[:, None] - column)
     needed = (used > 0) & (column + units_per_block > begin[:, None])
-    wrong = needed & ((table < 0) | (table + used > in_pool))
+    wrong = needed & ((table < 0) | (table > in_pool - used))
     if wrong.any():
         i, x = (int(n) for n in np.argwhere(wrong)[0])
         raise ValueError(

@@ -18,10 +18,12 @@ Order: one f32 accumulator per element of C, k ascending (within a BF16 pair k +
     `vdpbf16ps` does). It depends neither on M nor on the row's place in the batch, on blocking
     (between K blocks the accumulator waits in C, exactly) or on threads: a row's bits are the same
     alone and in any batch.
-Error: |C - exact| <= (K + 1) 2^-24 (|bias| + sum |A| |W|) for inputs as stored, the bound of a
-    sequential f32 sum; products of BF16 are exact in f32. Where a CPU has no fma, twice that.
-Cautions: BF16 dot products take denormals for zero where the CPU has the instruction. NaN or
-    infinity in row m of A reaches row m of C only; in row n of W, column n only.
+Error: |C - exact| <= (K + 1) (2^-24 (|bias| + sum |A| |W|) + 2^-126) for inputs as stored: the
+    bound of a sequential f32 sum, and what falls below f32's normal range. Where a CPU has no fma,
+    twice that.
+Cautions: `vdpbf16ps` flushes denormals to zero: of A, W and bias, and its own results. NaN or
+    infinity in row m of A reaches row m of C only; in row n of W, column n only. `out` may not
+    overlap `x`.
 Source: register tile and panel packing after Goto and van de Geijn 2008 and BLIS (names MR, NR,
     KC); re-implements PACE's TPP linear (csrc/ops/libxsmm), which packs [N/32, K/64, 32, 32, 2] and
     rounds C to BF16.
@@ -39,7 +41,7 @@ from numba import prange
 from numpy.typing import DTypeLike
 
 from pace_nb.kernels import jit
-from pace_nb.kernels.arrays import STORAGE, Array, in_range, require, writable
+from pace_nb.kernels.arrays import STORAGE, Array, contiguous, in_range, require, writable
 from pace_nb.kernels.bf16 import narrow, widen
 from pace_nb.kernels.lanes import (
     per_word,
@@ -138,7 +140,10 @@ _rows_6, _rows_4, _rows_2, _rows_1 = (_row_tile(mr) for mr in (6, 4, 2, 1))
 
 @jit.device_fn
 def panel(a, a0, b, j, bias, column, c, c0, ldc, m, k, columns):
-    """c [m, columns] at c0 = bias[column:] + a [m, k] at a0 times panel j of b."""
+    """c [m, columns] at c0 = bias[column:] + a [m, k] at a0 times panel j of b.
+
+    k is a multiple of S, and bias, unless empty, holds whole panels: the caller pads both.
+    """
     s = per_word(a)
     steps = (k + s - 1) // s
     for p in range(0, steps, KC // s):
@@ -220,6 +225,7 @@ def pack_weight(w: Array) -> PackedWeight:
 def _check_weight(kernel: str, weight: PackedWeight) -> None:
     size = packed_size(weight.n, weight.k, weight.data.dtype)
     require(kernel, "weight.data", weight.data, (size,), STORAGE)
+    contiguous(kernel, "weight.data", weight.data)
 
 
 def gemm(
@@ -239,6 +245,8 @@ def gemm(
     else:
         require("gemm", "out", out, (len(x), weight.n))
         writable("gemm", "out", out)
+        if np.may_share_memory(x, out):
+            raise ValueError("gemm: out shares memory with x, which is read until the end")
     if jit.use_reference():
         out[...] = narrow(gemm_ref(x, unpack_weight(weight), bias), np.float32)
         return out

@@ -39,7 +39,7 @@ from numba import prange
 from numpy.typing import DTypeLike
 
 from pace_nb.kernels import jit
-from pace_nb.kernels.arrays import STORAGE, Array, flat_heads, in_range, require, writable
+from pace_nb.kernels.arrays import STORAGE, Array, ascends, flat_heads, in_range, require, writable
 from pace_nb.kernels.bf16 import narrow, widen
 from pace_nb.kernels.lanes import (
     copy_word,
@@ -217,9 +217,9 @@ def _checked(
     if units_per_block < 1:
         raise ValueError(f"{name}: units_per_block is {units_per_block}, expected at least 1")
     cu, ctx = cu_seqlens_q.astype(np.int64), context_lens.astype(np.int64)
-    query_lens = cu[1:] - cu[:-1]
-    if cu[0] != 0 or cu[-1] != len(k) or (query_lens < 0).any():
+    if cu[0] != 0 or cu[-1] != len(k) or not ascends(cu):
         raise ValueError(f"{name}: cu_seqlens_q is not a rising sequence from 0 to T = {len(k)}")
+    query_lens = np.diff(cu)
     starts = ctx - query_lens  # position of the first row of each sequence
     if (starts < 0).any():
         b = int((starts < 0).argmax())

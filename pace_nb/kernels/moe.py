@@ -35,7 +35,7 @@ import numpy as np
 from numba import prange
 
 from pace_nb.kernels import jit
-from pace_nb.kernels.arrays import STORAGE, Array, in_range, require
+from pace_nb.kernels.arrays import STORAGE, Array, ascends, contiguous, in_range, require
 from pace_nb.kernels.bf16 import narrow, widen
 from pace_nb.kernels.gemm import (
     NR,
@@ -148,7 +148,7 @@ def pack_experts(experts: Sequence[Array]) -> PackedExperts:
 def check_offsets(kernel: str, offsets: Array, num_experts: int, rows: int) -> None:
     """offsets must be int64 [num_experts + 1] and ascend from 0 to `rows`."""
     require(kernel, "offsets", offsets, (num_experts + 1,), (np.int64,))
-    if offsets[0] != 0 or offsets[-1] != rows or (np.diff(offsets) < 0).any():
+    if offsets[0] != 0 or offsets[-1] != rows or not ascends(offsets):
         raise ValueError(f"{kernel}: offsets must ascend from 0 to {rows}, found {offsets}")
 
 
@@ -170,6 +170,7 @@ def grouped_gemm(
     x_count, n, k, name = weight.num_experts, weight.n, weight.k, "grouped_gemm"
     size = x_count * packed_size(n, k, weight.data.dtype)
     require(name, "weight.data", weight.data, (size,), STORAGE)
+    contiguous(name, "weight.data", weight.data)
     require(name, "x", x, ("R", k), (weight.data.dtype,))
     check_offsets(name, offsets, x_count, len(x))
     if bias is not None:

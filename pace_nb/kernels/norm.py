@@ -17,12 +17,14 @@ Moves: T E (size(x) + size(y)) bytes, with the add T E (size(x) + 8 + size(y)); 
 Does: 4 T E FLOPs (LayerNorm 7 T E). Under one FLOP per byte, so bound by memory.
 Error: sums run in f32 over 64 interleaved partial sums of E/64 terms each, then a tree of 6 adds:
     the relative error of the sum of squares is at most (E/64 + 7) 2^-24, half of that after the
-    root; the variance is taken of x - mean (two passes over a row in L1), so there is no
-    cancellation but the mean's own: |y - ref| <= (E/64 + 9) 2^-24 (|ref| + |weight| max|x| / std)
-    for LayerNorm. f32 results are within 4 ULP for E <= 8192; BF16 results within 1 ULP (0.5 from
-    rounding).
-Cautions: a NaN or infinity in a row makes that whole row NaN (as the formula does), and no other
-    row. `out` may be `x` itself when both have one dtype.
+    root. RMSNorm: |y - ref| <= (E/128 + 7) 2^-24 |ref| (a few 2^-24 in practice; the bound is met
+    where few large elements come before many small ones). LayerNorm takes the variance of x - mean
+    (two passes over a row in L1), so nothing cancels but in the mean: |y - ref| <=
+    (E/64 + 9) 2^-24 (|ref| + |weight| max|x| / std). A BF16 y adds its rounding, 2^-8 |ref|.
+Cautions: squares are summed in f32: beyond |x| about 1e19 they overflow and the row becomes zeros.
+    A NaN makes its whole row NaN, an infinity itself NaN and the rest of its row 0 (RMSNorm) or NaN
+    (LayerNorm), as the formulas do; no other row is touched. `out` may be `x` itself when both have
+    one dtype; any other overlap is wrong.
 Source: Zhang and Sennrich 2019 (RMSNorm), Ba et al. 2016 (LayerNorm); re-implements PACE `rmsnorm`,
     `layernorm`, `fused_add_rmsnorm`, `fused_add_layernorm` (csrc/ops/norm), with the variance free
     of E[x^2] - E[x]^2.

@@ -37,7 +37,7 @@ import numpy as np
 from numba import prange
 
 from pace_nb.kernels import jit
-from pace_nb.kernels.arrays import Array, require
+from pace_nb.kernels.arrays import Array, contiguous, require
 from pace_nb.kernels.bf16 import narrow, to_f32
 from pace_nb.kernels.gemm import NR
 from pace_nb.kernels.lanes import (
@@ -197,6 +197,8 @@ def grouped_gemm_mxfp4(
     panels = -(-n // NR)
     require(name, "weight.codes", weight.codes, (count * panels * NR * k // 2,), (np.uint8,))
     require(name, "weight.scales", weight.scales, (count * panels * NR * k // BLOCK,), (np.uint8,))
+    contiguous(name, "weight.codes", weight.codes)
+    contiguous(name, "weight.scales", weight.scales)
     require(name, "x", x, ("R", k), (np.uint16,))
     check_offsets(name, offsets, count, len(x))
     if bias is not None:

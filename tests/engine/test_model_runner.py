@@ -119,6 +119,6 @@ def test_threads_are_set_once(make, monkeypatch):
     assert asked == [3]
 
 
-def test_a_thread_count_that_is_not_allowed_is_a_config_error() -> None:
+def test_a_thread_count_that_is_not_allowed_is_a_config_error(make):
     with pytest.raises(ConfigError, match="num_threads=999: expected 1 to"):
         make(num_threads=999)

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pace_nb.kernels.arrays import STORAGE, flat_heads, flat_rows, in_range, require, writable
+from pace_nb.kernels.arrays import (
+    STORAGE,
+    ascends,
+    contiguous,
+    flat_heads,
+    flat_rows,
+    in_range,
+    require,
+    writable,
+)
 
 Array = NDArray[Any]
 X = np.arange(6 * 4 * 10, dtype=np.float32).reshape(6, 4, 10)
@@ -127,3 +136,20 @@ def test_in_range_names_the_first_index_outside() -> None:
     for bad, found in (([0, 4, 9], 4), ([2, -1], -1), ([[1], [2**40]], 2**40)):
         with pytest.raises(ValueError, match=f"k: ids holds {found}, expected 0 to 3"):
             in_range("k", "ids", np.array(bad), 4)
+
+
+def test_a_numpy_integer_in_a_shape_is_a_size() -> None:
+    with pytest.raises(ValueError, match=r"x has shape \(3,\), expected \(4\)"):
+        require("k", "x", np.zeros(3, np.float32), (np.int64(4),))
+
+
+def test_ascends_compares_and_does_not_subtract() -> None:
+    assert ascends(np.array([0, 0, 5]))
+    assert not ascends(np.array([0, 2**31 - 1, -2, 1], np.int32))
+    assert not ascends(np.array([0, 2**63 - 1, -2, 5]))
+
+
+def test_contiguous() -> None:
+    contiguous("k", "x", np.zeros(4))
+    with pytest.raises(ValueError, match="k: x is not a contiguous array"):
+        contiguous("k", "x", np.zeros(8)[::2])

@@ -19,6 +19,7 @@ from pace_nb.kernels.attention_decode import attention_decode
 from pace_nb.kernels.attention_prefill import attention_prefill
 from pace_nb.kernels.attention_rows import ROWS, SPLIT
 from pace_nb.kernels.bf16 import widen
+from pace_nb.kernels.kv_write import new_pool
 
 Array = NDArray[Any]
 F32, BF16 = np.float32, np.uint16
@@ -132,3 +133,19 @@ def inner_loops(assembly: str) -> list[list[str]]:
                 loops.append(lines)
             label, lines = "", []
     return loops
+
+
+def test_wrapping_lengths_and_blocks_are_refused() -> None:
+    """Differences and sums of extreme integers wrap; comparisons do not."""
+    pool = new_pool(4, 1, 32, np.float32)
+    q = np.zeros((1, 1, 32), np.float32)
+    far = 2**31 - 1
+    lengths = np.array([0, far, -2, 1], np.int32), np.array([far, far, 3], np.int32)
+    with pytest.raises(ValueError, match="cu_seqlens_q is not a rising sequence"):
+        attention_decode(q, pool, np.zeros((3, 1), np.int64), 4, *lengths, 1.0)
+    table = np.array([[2**63 - 1]], np.int64)
+    one = np.array([0, 1], np.int32), np.array([1], np.int32)
+    with pytest.raises(ValueError, match=r"block_table\[0, 0\] is 9223372036854775807"):
+        attention_decode(q, pool, table, 4, *one, 1.0)
+    with pytest.raises(ValueError, match="scale is 1e\\+39, expected a finite number"):
+        attention_decode(q, pool, np.zeros((1, 1), np.int64), 4, *one, 1e39)

@@ -168,12 +168,20 @@ X, W = np.zeros((2, 8), np.float32), pack_weight(np.zeros((3, 8), np.float32))
         ((X, W, np.zeros(4, np.float32)), r"bias has shape \(4,\), expected \(3\)"),
         ((X, W, None, np.zeros((2, 4), np.float32)), r"out has shape \(2, 4\), expected \(2, 3\)"),
         ((X, W, None, np.zeros((2, 6), np.float32)[:, ::2]), "out is not a contiguous"),
+        ((X, PackedWeight(np.repeat(W.data, 2)[::2], 3, 8)), "weight.data is not a contiguous"),
+        ((X, PackedWeight(W.data, np.int64(3), np.int64(7))), r"weight.data has shape"),
         ((X, PackedWeight(W.data[:-1], 3, 8)), r"weight.data has shape \(511,\), expected \(512\)"),
     ],
 )
 def test_bad_input_names_the_argument(arguments: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"gemm: {message}"):
         gemm(*arguments)
+
+
+def test_out_may_not_overlap_x() -> None:
+    square = np.zeros((8, 8), np.float32)
+    with pytest.raises(ValueError, match="gemm: out shares memory with x"):
+        gemm(square, pack_weight(square), out=square)
 
 
 def test_bad_ids_and_parts() -> None:

@@ -132,6 +132,12 @@ def test_bad_input_names_the_argument() -> None:
     for offsets in ([0, 6, 5], [1, 2, 5], [0, 2, 4]):
         with pytest.raises(ValueError, match="grouped_gemm: offsets must ascend from 0 to 5"):
             grouped_gemm(x, packed, np.array(offsets))
+    three = pack_experts([np.zeros((3, 4), np.float32)] * 3)
+    with pytest.raises(ValueError, match="offsets must ascend"):  # differences would wrap
+        grouped_gemm(x, three, np.array([0, 2**63 - 1, -2, 5]))
+    strided = packed._replace(data=np.repeat(packed.data, 2)[::2])
+    with pytest.raises(ValueError, match=r"weight\.data is not a contiguous array"):
+        grouped_gemm(x, strided, np.array([0, 2, 5]))
     with pytest.raises(ValueError, match=r"offsets has shape \(2,\), expected \(3\)"):
         grouped_gemm(x, packed, np.array([0, 5]))
     with pytest.raises(ValueError, match="chosen holds 2, expected 0 to 1"):
