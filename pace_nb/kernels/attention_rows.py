@@ -454,7 +454,7 @@ def checked(
     require(kernel, "block_table", block_table, ("B", "X"), (np.int64,))
     require(kernel, "cu_seqlens_q", cu_seqlens_q, (len(block_table) + 1,), (np.int32, np.int64))
     require(kernel, "context_lens", context_lens, (len(block_table),), (np.int32, np.int64))
-    if not abs(scale) <= np.finfo(np.float32).max:
+    if not abs(scale) <= float(np.finfo(np.float32).max):
         raise ValueError(f"{kernel}: scale is {scale}, expected a finite number")
     if window < 0:
         raise ValueError(f"{kernel}: window is {window}, expected 0 (none) or more")
