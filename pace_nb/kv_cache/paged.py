@@ -27,8 +27,7 @@ were finite. The blocks of a request that fails leave the table, whoever compute
 them is what is wrong, the next request computes it anew.
 
 A sequence gives its blocks back from its end, so that beginnings, which more requests share, stay
-longest. Digests are of fixed strength and salted; a salt separates those who
-must not find out, by the time it takes, what others have asked.
+longest. A salt separates those who must not find out, by the time it takes, what others have asked.
 Source: vLLM v1 `vllm/v1/core/block_pool.py`, `kv_cache_utils.py`; Kwon et al. 2023, PagedAttention.
 """
 
