@@ -33,9 +33,15 @@ class SpecialTokenFinder:
             self._backend.add_special_tokens(list(tokens))
 
     def find(self, text: str) -> list[tuple[int, int]]:
-        """Begin and end (in characters) of each, in order."""
+        """Begin and end (in characters) of each, in order. InvalidRequestError: lone surrogates."""
         if self._backend is None:
             return []
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"a message has a lone surrogate at character {error.start}, expected Unicode text"
+            ) from None
         found = self._backend.encode(text, add_special_tokens=False)
         return [span for i, span in zip(found.ids, found.offsets, strict=True) if i != 0]
 

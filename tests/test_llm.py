@@ -202,6 +202,15 @@ def test_chat_is_the_template_and_then_generate(llm):
     assert "".join(streamed) == text_of(expected[0])
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [[{"role": "user", "content": "a\ud800"}], [{"role": "user\udce9", "content": "a"}]],
+)
+def test_a_lone_surrogate_in_a_conversation_is_refused(llm, messages):
+    with pytest.raises(InvalidRequestError, match="lone surrogate at character"):
+        llm.chat(messages, GREEDY, use_tqdm=False)
+
+
 def test_a_conversation_goes_on_from_what_was_computed(llm):
     messages = [{"role": "user", "content": "Who are you? " * 8}]
     options = {"use_tqdm": False, "cache_salt": "a conversation"}

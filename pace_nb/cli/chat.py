@@ -7,6 +7,7 @@ from a pipe: each is answered in turn, and nothing but the answers goes to stand
 from __future__ import annotations
 
 import argparse
+import io
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -18,7 +19,7 @@ from pace_nb.cli import options as shared
 from pace_nb.cli import stats
 from pace_nb.cli.text_output import TextOutput
 from pace_nb.cli.warmup import warm_up
-from pace_nb.errors import PaceError
+from pace_nb.errors import ConfigError, PaceError
 
 if TYPE_CHECKING:
     from pace_nb.outputs import CompletionOutput
@@ -47,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Open the model and converse."""
+    if sys.stdin is None:
+        raise ConfigError("chat reads its lines from standard input, which is closed")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # so that `utf8` can name the line that is wrong
+        sys.stdin.reconfigure(errors="surrogateescape")
+    if options.system_prompt is not None:
+        options.system_prompt = shared.utf8(options.system_prompt, "--system-prompt")
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with shared.open_llm(options) as llm:
         params = shared.sampling_params(options, llm.get_default_sampling_params())
@@ -103,14 +110,18 @@ def converse(
     interactive: bool,
     system_prompt: str | None = None,
 ) -> int:
-    """The loop: read, answer, remember. Errors end it, except in front of a person."""
+    """The loop: read, answer, remember. An error is told, and the next message is read.
+
+    Returns the exit code: 2 where there were errors and not one answer, and nobody who saw it.
+    """
     opening: Messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages = list(opening)
+    num_answers = num_errors = 0
     while True:
         try:
             message = read_message(read_line)
         except EOFError:
-            return 0
+            break
         except KeyboardInterrupt:
             if not interactive:
                 raise
@@ -118,7 +129,7 @@ def converse(
             continue
         word = message.strip()
         if word == "/exit":
-            return 0
+            break
         if word == "/reset":
             messages = list(opening)
         elif word == "/help":
@@ -129,14 +140,17 @@ def converse(
         elif word:
             messages.append({"role": "user", "content": message})
             try:
+                messages[-1]["content"] = shared.utf8(message, "the message")
                 text = say(answer(messages), output, interactive=interactive)
             except PaceError as error:
-                if not interactive:
-                    raise
                 messages.pop()
-                sys.stderr.write(f"pace-nb: error: {error}\n")
+                num_errors += 1
+                hint = " (/reset forgets the conversation)" if len(messages) > len(opening) else ""
+                sys.stderr.write(f"pace-nb: error: {error}{hint}\n")
             else:
+                num_answers += 1
                 messages.append({"role": "assistant", "content": text})
+    return 2 if num_errors and not num_answers and not interactive else 0
 
 
 def say(pieces: Generator[str, None, None], output: TextOutput, *, interactive: bool) -> str:

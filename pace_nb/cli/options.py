@@ -200,18 +200,29 @@ def read_prompt(options: argparse.Namespace) -> str:
         raise ConfigError("give the prompt once: as the argument, with --prompt or with --file")
     if options.file is not None:
         try:
-            return _utf8(Path(options.file).read_bytes(), options.file)
+            return _decoded(Path(options.file).read_bytes(), options.file)
         except OSError as error:
             raise ConfigError(f"--file {options.file}: {error.strerror}") from error
     if given and given[0] != "-":
-        # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
-        return _utf8(given[0].encode("utf-8", "surrogateescape"), "prompt")
+        return utf8(given[0], "prompt")
+    if sys.stdin is None:
+        raise ConfigError("no prompt: standard input is closed")
     if not given and sys.stdin.isatty():
         raise ConfigError('no prompt: give it as an argument, for example "Once upon a time"')
-    return _utf8(sys.stdin.buffer.read(), "standard input")
+    return _decoded(sys.stdin.buffer.read(), "standard input")
 
 
-def _utf8(data: bytes, name: str) -> str:
+def utf8(text: str, name: str) -> str:
+    """`text`; InvalidRequestError where it came from bytes that are not UTF-8, which Python hands
+    on as lone surrogates."""
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"{name}: no Unicode text at character {error.start}") from error
+    return _decoded(data, name)
+
+
+def _decoded(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -169,8 +169,27 @@ def test_an_error_is_told_and_the_message_forgotten(capsys):
     assert text == "answer 1\n"
     assert "the prompt is too long" in capsys.readouterr().err
     assert roles(model.seen[0]) == [("user", "short")]
-    with pytest.raises(InvalidRequestError):
-        converse("long", model=Full(), interactive=False)
+
+
+def test_a_script_goes_on_after_an_error_and_fails_where_all_did(capsys):
+    class Full(Model):
+        def __call__(self, messages):
+            if len(messages) > 1:
+                raise InvalidRequestError("the prompt is too long")
+            yield from super().__call__(messages)
+
+    code, text, _ = converse("one", "two", "/reset", "three", model=Full(), interactive=False)
+    assert (code, text) == (0, "answer 1\nanswer 1\n")
+    error = capsys.readouterr().err
+    assert "too long" in error and "/reset" in error and error.count("\n") == 1
+
+    def broken(messages):
+        raise InvalidRequestError("no")
+        yield
+
+    assert converse("one", "two", model=broken, interactive=False)[0] == 2
+    assert converse("one", "two", model=broken, interactive=True)[0] == 0
+    assert converse(interactive=False)[0] == 0
 
 
 # ---- with the bundled model ----
@@ -189,6 +208,26 @@ def test_a_script_is_answered_line_by_line():
     first, second = result.stdout.splitlines()
     assert first == second != ""
     assert result.stderr == ""
+
+
+def test_bytes_that_are_not_utf8_are_refused_by_line(capsys, monkeypatch):
+    arguments = "chat --kernels reference --temp 0 -n 2".split()
+    for data, code in ((b"caf\xe9\n", 2), (b"caf\xe9\nHello!\n", 0)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        assert main(arguments) == code
+        error = capsys.readouterr().err
+        assert error == "pace-nb: error: the message: not UTF-8 at byte 3\n"
+    assert main([*arguments, "--system-prompt", "a\udce9"]) == 2
+    error = capsys.readouterr().err
+    assert error == "pace-nb: error: --system-prompt: not UTF-8 at byte 1\n"
+
+
+def test_a_closed_standard_input_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    for verb in ("chat", "generate"):
+        assert main([verb, "--kernels", "reference"]) == 2
+        error = capsys.readouterr().err
+        assert "standard input" in error and "closed" in error and error.count("\n") == 1
 
 
 def test_stats_follow_each_answer(capsys, monkeypatch):
