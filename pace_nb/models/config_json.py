@@ -8,7 +8,7 @@ fields are ignored (`auto_map` among them).
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -56,7 +56,7 @@ class ConfigJson:
     def number(self, field: str, default: float | None = None) -> float:
         """A finite number above 0. Without a default the field is required."""
         value = self._value(field, default, "a number above 0")
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if not _is_number(value):
             raise self._wrong(field, value, "a number above 0")
         return float(value)
 
@@ -85,9 +85,7 @@ class ConfigJson:
     def numbers(self, field: str) -> tuple[float, ...]:
         """A list of numbers above 0; empty where the field is absent or null."""
         value = self._value(field, [], "a list of numbers above 0")
-        if type(value) is not list or not all(
-            type(item) in (int, float) and 0 < item < math.inf for item in value
-        ):
+        if type(value) is not list or not all(map(_is_number, value)):
             raise self._wrong(field, value, "a list of numbers above 0")
         return tuple(float(item) for item in value)
 
@@ -126,9 +124,15 @@ class ConfigJson:
         return self.integer(field, maximum=max(1, len(self._tensor_names)))
 
     def tie_word_embeddings(self, default: bool) -> bool:
-        """True where the field says so, or where the checkpoint has no `lm_head.weight`."""
+        """True where the field says so, or says nothing and there is no `lm_head.weight`."""
         tied = self.boolean("tie_word_embeddings", default)
-        return tied or "lm_head.weight" not in self._tensor_names
+        if tied or self.has_tensor("lm_head.weight"):
+            return tied
+        if self.has("tie_word_embeddings"):
+            raise self._wrong(
+                "tie_word_embeddings", False, "true, for the checkpoint has no lm_head.weight"
+            )
+        return True
 
     def head_dim(self, hidden_size: int, num_heads: int) -> int:
         """`head_dim` where given, else hidden_size / num_attention_heads, which must divide."""
@@ -241,3 +245,8 @@ class ConfigJson:
         if len(shown) > 60:
             shown = shown[:57] + "..."
         return ModelFormatError(f"{self._name}: {field} is {shown}, expected {expected}")
+
+
+def _is_number(value: object) -> bool:
+    """True for a number above 0 that a float can hold."""
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max  # type: ignore[operator]

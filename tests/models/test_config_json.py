@@ -29,7 +29,7 @@ def test_integers_and_defaults():
         config.integer("kv")
 
 
-@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1e-5", True, None])
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, 10**400, "1e-5", True, None])
 def test_a_number_is_finite_and_above_zero(value):
     with pytest.raises(ModelFormatError, match="eps is"):
         ConfigJson({"eps": value}).number("eps")
@@ -48,6 +48,8 @@ def test_other_types():
     ):
         with pytest.raises(ModelFormatError, match="expected"):
             read()
+    with pytest.raises(ModelFormatError, match="huge is .*a list of numbers above 0"):
+        ConfigJson({"huge": [1, 10**400]}).numbers("huge")
     good = ConfigJson({"flag": True, "name": "silu", "list": [1, 2.5], "object": {"x": 0}})
     assert good.boolean("flag", False) and good.text("name") == "silu"
     assert good.numbers("list") == (1.0, 2.5) and good.numbers("absent") == ()
@@ -219,3 +221,18 @@ def test_yarn_fields_are_read():
     assert (rope.factor, rope.mscale, rope.mscale_all_dim) == (40.0, 0.707, 0.0)
     assert (rope.truncate, rope.beta_fast, rope.beta_slow) == (False, 16.0, 1.0)
     assert rope.original_length == 4096
+
+
+def test_the_output_head_is_tied_where_the_field_and_the_checkpoint_say_so():
+    head = ["lm_head.weight"]
+    for values, names, tied in (
+        ({}, [], True),
+        ({"tie_word_embeddings": None}, [], True),
+        ({"tie_word_embeddings": True}, [], True),
+        ({"tie_word_embeddings": True}, head, True),
+        ({"tie_word_embeddings": False}, head, False),
+        ({}, head, False),
+    ):
+        assert ConfigJson(values, names).tie_word_embeddings(False) is tied
+    with pytest.raises(ModelFormatError, match="tie_word_embeddings is False, .*no lm_head.weight"):
+        ConfigJson({"tie_word_embeddings": False}).tie_word_embeddings(False)
