@@ -20,7 +20,7 @@ from typing import NoReturn, Protocol, TextIO
 
 import pace_nb
 from pace_nb import env
-from pace_nb.errors import PaceError
+from pace_nb.errors import ConfigError, PaceError
 
 VERBS = {
     "generate": "write on after a prompt",
@@ -56,14 +56,20 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `pace-nb` with `arguments` (default: the process's own); returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    if sys.stderr is None:  # the caller closed it (2>&-)
+        sys.stderr = open(os.devnull, "w")  # for as long as the process lives
+    while arguments[:1] == ["--debug"]:  # it may stand before the verb, too
+        arguments = arguments[1:]
     try:
         debug = debug or env.debug()
         env.num_threads()  # refused here; Numba would fail on a wrong number with a traceback
         with warnings.catch_warnings():
             if not debug:
                 warnings.showwarning = _show_warning
+            if sys.stdout is None:  # >&-
+                raise ConfigError("standard output is closed")
             code = _run(arguments)
         sys.stdout.flush()  # a reader that went away shows here and not while Python shuts down
         return code
@@ -78,8 +84,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("\n")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        # Files that are opened by name are judged where that happens, and the error has the name.
+        if debug or error.filename is not None:
+            raise
+        _discard_output()
+        sys.stderr.write(f"pace-nb: error: standard input or output: {error.strerror}\n")
+        return EXIT_WRONG_INPUT
+
+
+def _discard_output() -> None:
+    """What is still to be written must not fail once more while Python shuts down."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -101,7 +119,7 @@ def _top_parser() -> Parser:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:<{width}}  {text}" for name, text in VERBS.items())
     parser = Parser(
-        prog="pace-nb", usage="pace-nb VERB [arguments]", allow_abbrev=False,
+        prog="pace-nb", usage="pace-nb [--debug] VERB [arguments]", allow_abbrev=False,
         description="LLM inference on CPUs from NumPy and Numba.",
         epilog=f"verbs:\n{verbs}\n\npace-nb VERB --help lists the arguments of a verb.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -86,8 +87,9 @@ def test_a_pace_error_is_one_line(capsys, failing_verb):
 
 def test_debug_shows_the_traceback(failing_verb, monkeypatch):
     failing_verb(ModelFormatError("x"))
-    with pytest.raises(ModelFormatError):
-        cli.main(["version", "--debug"])
+    for arguments in (["version", "--debug"], ["--debug", "version"]):
+        with pytest.raises(ModelFormatError):
+            cli.main(arguments)
     monkeypatch.setenv("PACE_NB_DEBUG", "1")
     with pytest.raises(ModelFormatError):
         cli.main(["version"])
@@ -138,3 +140,27 @@ def test_a_reader_that_goes_away_is_no_error():
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(timeout=30) == 141
+
+
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [
+        (">/dev/full", "standard input or output: No space left on device"),
+        (">&-", "standard output is closed"),
+        ("2>&-", ""),
+    ],
+)
+def test_standard_streams_that_cannot_be_used_are_one_line(redirection, message):
+    if ">/dev/full" in redirection and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    command = f"tokenize hi {redirection}"
+    result = subprocess.run(
+        ["sh", "-c", f'"$0" -m pace_nb {command}', sys.executable],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if message:
+        assert (result.returncode, result.stderr) == (2, f"pace-nb: error: {message}\n")
+    else:
+        assert result.returncode == 0 and result.stdout != ""
