@@ -44,7 +44,7 @@ from pace_nb.models.loader import Checkpoint
 from pace_nb.models.registry import load_model
 from pace_nb.outputs import RequestMetrics, RequestOutput
 from pace_nb.sampling_params import SamplingParams
-from pace_nb.tokenizer import Tokenizer
+from pace_nb.tokenizer import Tokenizer, token_ids_field
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text; token ids; {"prompt": text}; or {"prompt_token_ids": ids}, with or without "prompt".
@@ -99,7 +99,7 @@ class LLM:
         with Checkpoint.open(self.directory) as checkpoint:
             loaded = load_model(checkpoint, config.storage_dtype)
             self._generation_config = checkpoint.generation_config
-            eos_token_ids = _eos_token_ids(checkpoint)
+            eos_token_ids = _eos_token_ids(checkpoint, loaded.vocab_size)
         self._tokenizer = _open_tokenizer(config, self.directory)
         self._eos_token_ids = (
             eos_token_ids if self._tokenizer is None else self._tokenizer.eos_token_ids
@@ -155,6 +155,10 @@ class LLM:
 
         Raises InvalidRequestError before anything runs when one of them cannot be served.
         """
+        if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+            raise InvalidRequestError(
+                f"messages is a {type(messages).__name__}, expected a list of role and content"
+            )
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if one else messages
         inputs = [
@@ -396,7 +400,7 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     """One prompt as a list of one; a list as it is."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    if not isinstance(prompts, Sequence | np.ndarray):
+    if not isinstance(prompts, Sequence | np.ndarray) or getattr(prompts, "ndim", 1) == 0:
         raise InvalidRequestError(f"prompts is a {type(prompts).__name__}, expected a list")
     if len(prompts) and not isinstance(prompts[0], str | Mapping | Sequence | np.ndarray):
         return [prompts]  # type: ignore[list-item]  # token ids
@@ -407,6 +411,11 @@ def _one_each(params: Sampling, num: int) -> Sequence[SamplingParams | None]:
     """Sampling parameters for each of `num` prompts."""
     if params is None or isinstance(params, SamplingParams):
         return [params] * num
+    if isinstance(params, str | bytes) or not isinstance(params, Sequence):
+        raise InvalidRequestError(
+            f"sampling_params is a {type(params).__name__}, expected SamplingParams or a list of "
+            "them"
+        )
     if len(params) != num:
         raise InvalidRequestError(f"{len(params)} sampling_params for {num} prompts")
     return params
@@ -422,12 +431,15 @@ def _token_ids(found: Iterable[object]) -> list[int]:
         raise InvalidRequestError(f"a prompt of token ids holds something else: {error}") from None
 
 
-def _eos_token_ids(checkpoint: Checkpoint) -> frozenset[int]:
+def _eos_token_ids(checkpoint: Checkpoint, vocab_size: int) -> frozenset[int]:
     """End tokens as the configuration has them, for a model without tokenizer."""
-    for where in (checkpoint.generation_config, checkpoint.config):
-        found = where.get("eos_token_id")
-        if found is not None:
-            return frozenset(_token_ids(found if isinstance(found, list) else [found]))
+    for name, values in (
+        ("generation_config.json", checkpoint.generation_config),
+        ("config.json", checkpoint.config),
+    ):
+        found = token_ids_field(checkpoint.directory / name, values, "eos_token_id", vocab_size)
+        if found:
+            return frozenset(found)
     return frozenset()
 
 

@@ -189,10 +189,8 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
     """`value` as int when it is one (bool is not) and low <= value <= high."""
     if isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high:
         return int(value)
-    bounds = f"of at least {low}" if high >= MAX_TOKENS else f"from {low} to {high}"
-    if high == MAX_SEED:
-        bounds = f"from {low} to 2**64 - 1"
-    _refuse(name, value, f"an integer {bounds}")
+    limit = "2**64 - 1" if high == MAX_SEED else str(high)
+    _refuse(name, value, f"an integer from {low} to {limit}")
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:

@@ -121,7 +121,7 @@ class Tokenizer:
             vocab_size = _id(path / "config.json", "vocab_size", vocab_size, 2**31 - 1)
         ending: list[int] = []
         for name, found in (("generation_config.json", generation_config), ("config.json", config)):
-            ending = _ids(path / name, found.get("eos_token_id"), vocab_size)
+            ending = token_ids_field(path / name, found, "eos_token_id", vocab_size)
             if ending:
                 break
         eos = backend.token_to_id(special.get("eos_token", ""))
@@ -129,9 +129,8 @@ class Tokenizer:
             ending.append(eos)
         bos = backend.token_to_id(special.get("bos_token", ""))
         if bos is None:
-            bos = next(
-                iter(_ids(path / "config.json", config.get("bos_token_id"), vocab_size)), None
-            )
+            ids = token_ids_field(path / "config.json", config, "bos_token_id", vocab_size)
+            bos = next(iter(ids), None)
         return cls(
             backend,
             special_tokens=special,
@@ -330,15 +329,23 @@ def _special_tokens(*files: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _ids(file: Path, found: object, vocab_size: int | None) -> list[int]:
-    """`eos_token_id` or its like: none, one, or a list of several."""
+def token_ids_field(
+    file: Path, values: Mapping[str, Any], field: str, vocab_size: int | None
+) -> list[int]:
+    """`eos_token_id` or its like among a file's values: none, one, or a list of several.
+
+    ModelFormatError, naming file and field, for what is no id below vocab_size.
+    """
+    found = values.get(field)
     if found is None:
         return []
     listed = found if isinstance(found, list) else [found]
     if len(listed) > MAX_EOS_TOKENS:
-        raise ModelFormatError(f"{file}: {len(listed)} ids, expected at most {MAX_EOS_TOKENS}")
+        raise ModelFormatError(
+            f"{file}: {field} has {len(listed)} ids, expected at most {MAX_EOS_TOKENS}"
+        )
     most = 2**31 - 1 if vocab_size is None else vocab_size - 1
-    return [_id(file, "a special token id", entry, most) for entry in listed]
+    return [_id(file, field, entry, most) for entry in listed]
 
 
 def _id(file: Path, what: str, value: object, most: int) -> int:

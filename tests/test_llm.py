@@ -277,6 +277,7 @@ def test_streams_and_generate_in_turn_do_not_disturb_each_other(llm):
         ({"prompt": "a", "cache_salt": ""}, "cache_salt is '', expected a non-empty string"),
         ({"prompt": "a", "cache_salt": 5}, "cache_salt is 5, expected a non-empty string"),
         (7, "prompts is a int, expected a list"),
+        (np.array(3), "prompts is a ndarray, expected a list"),
         ("\ud800", "lone surrogate"),
     ],
 )
@@ -285,7 +286,7 @@ def test_a_bad_prompt_is_refused_before_anything_runs(llm, monkeypatch, prompt, 
     with pytest.raises(InvalidRequestError, match=message) as caught:
         generate(llm, prompt)
     assert "\n" not in str(caught.value)
-    if not isinstance(prompt, int | list):
+    if not isinstance(prompt, int | list | np.ndarray):
         with pytest.raises(InvalidRequestError, match=message):
             generate(llm, [STORY, prompt])
         with pytest.raises(InvalidRequestError, match=message):
@@ -296,6 +297,7 @@ def test_a_bad_prompt_is_refused_before_anything_runs(llm, monkeypatch, prompt, 
     "params, message",
     [
         ({"logit_bias": {9999: 1}}, "logit_bias key is 9999"),
+        ({"stop_token_ids": [5, 1536]}, "stop_token_ids entry is 1536, expected .* 0 to 1535"),
         ({"allowed_token_ids": [1, 9999]}, "allowed_token_ids entry is 9999"),
     ],
 )
@@ -309,6 +311,16 @@ def test_parameters_of_the_wrong_kind_or_number(llm):
         generate(llm, [STORY, STORY], [GREEDY])
     with pytest.raises(InvalidRequestError, match="sampling_params is a dict"):
         generate(llm, [STORY], [{"max_tokens": 3}])
+    for params, kind in ((5, "int"), ({"n": 1}, "dict"), ("x", "str")):
+        with pytest.raises(InvalidRequestError, match=f"sampling_params is a {kind}, expected"):
+            generate(llm, [STORY], params)
+
+
+@pytest.mark.parametrize("messages", [None, 5, "Hi", {"role": "user", "content": "Hi"}])
+def test_a_conversation_is_a_list(llm, messages):
+    for chat in (llm.chat, llm.stream_chat):
+        with pytest.raises(InvalidRequestError, match=r"messages is a .*, expected a list"):
+            chat(messages)
 
 
 def test_options_that_cannot_be():
@@ -349,7 +361,7 @@ def test_nan_logits_end_their_completion_with_the_reason(llm, monkeypatch):
     monkeypatch.setattr(type(model), "logits", poisoned)
     outputs = generate(llm, [STORY, "The cat"])
     assert [output.outputs[0].finish_reason for output in outputs] == ["error", "error"]
-    assert outputs[0].outputs[0].stop_reason == "the model gave logits whose largest is nan"
+    assert "the model gave logits whose largest is nan" in outputs[0].outputs[0].stop_reason
     assert len(outputs[0].outputs[0].token_ids) == 0
     assert len(outputs[1].outputs[0].token_ids) == 1  # it was the second in one step, then alone
 
@@ -415,6 +427,33 @@ def test_a_generation_config_that_cannot_be(partial_model):
         pytest.raises(ModelFormatError, match=r"generation_config\.json: temperature"),
     ):
         broken.generate(STORY)
+
+
+@pytest.mark.parametrize("value", ["x", [1, "a"], 1.5, True, -1, 10**9])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_end_tokens_that_cannot_be(partial_model, file, value):
+    """With and without a tokenizer the error names file and field."""
+    directory = partial_model()
+    for name in {"config.json", "generation_config.json"}:
+        values = json.loads((directory / name).read_text())
+        values.pop("eos_token_id", None)
+        if name == file:
+            values["eos_token_id"] = value
+        (directory / name).write_text(json.dumps(values))
+    for _ in range(2):
+        with pytest.raises(ModelFormatError, match=rf"/{file}: eos_token_id is .*, expected 0 to"):
+            LLM(directory, kernels="reference")
+        (directory / "tokenizer.json").unlink(missing_ok=True)
+
+
+def test_an_error_about_a_field_names_the_directory(partial_model):
+    directory = partial_model()
+    values = json.loads((directory / "config.json").read_text())
+    for wrong in ({"hidden_size": 0}, {"hidden_size": 8}, {"architectures": ["X"]}):
+        (directory / "config.json").write_text(json.dumps(values | wrong))
+        with pytest.raises(PaceError) as caught:
+            LLM(directory, kernels="reference")
+        assert str(caught.value).count(str(directory)) == 1
 
 
 def test_a_pool_too_small_for_the_context_shrinks_the_context():

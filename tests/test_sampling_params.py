@@ -232,3 +232,17 @@ def test_any_json_value_is_taken_or_refused(field: str, value: Any) -> None:
         stored = getattr(params, field)
         assert not (isinstance(stored, float) and not math.isfinite(stored))
         assert dataclasses.replace(params) == params
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"top_k": 2**40}, "top_k is 1099511627776, expected an integer from -1 to 2147483647"),
+        ({"max_tokens": 2**31}, "max_tokens is 2147483648, expected an integer from 1 to 2147483"),
+        ({"stop_token_ids": [2**31]}, "entry is 2147483648, expected an integer from 0 to 214748"),
+        ({"seed": 2**64}, r"expected an integer from -1 to 2\*\*64 - 1"),
+    ],
+)
+def test_a_refusal_gives_both_bounds(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        SamplingParams(**values)

@@ -91,6 +91,7 @@ class Engine:
         if not prompt:
             raise InvalidRequestError("the prompt is empty, expected at least one token")
         self.check_token_ids("prompt token id", prompt)
+        self.check_token_ids("stop_token_ids entry", params.stop_token_ids)
         self.check_token_ids("allowed_token_ids entry", params.allowed_token_ids or ())
         self.check_token_ids("logit_bias key", params.logit_bias or ())
         for word in request.bad_words_token_ids:

@@ -190,7 +190,10 @@ def log_softmax(logits: Float32Array) -> Float32Array:
 def _check(largest: float) -> None:
     """_BadLogitsError unless a row with this largest logit (NaN if it holds any) is sound."""
     if not np.isfinite(largest):
-        raise _BadLogitsError(f"the model gave logits whose largest is {largest}")
+        raise _BadLogitsError(
+            f"the model gave logits whose largest is {largest}, expected a finite number; its "
+            "weights may hold NaN or infinity (Checkpoint.check_finite looks)"
+        )
 
 
 def _changes_logits(request: Request) -> bool:

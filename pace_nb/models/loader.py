@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pace_nb.errors import ModelFormatError
+from pace_nb.errors import ModelFormatError, UnsupportedModelError
 from pace_nb.models.model_files import read_json, shown
 from pace_nb.models.safetensors_file import SafetensorsFile
 
@@ -38,7 +38,9 @@ class Checkpoint:
 
     directory: where it lies. config: parsed config.json. generation_config: parsed
     generation_config.json, empty where there is none. files: paths of the weight files.
-    nbytes: bytes of all tensors. A context manager; the mappings live as long as any view of them.
+    nbytes: bytes of all tensors. A context manager, from which errors about the model come out with
+    the directory in front: who reads fields and tensors knows only their names. The mappings live
+    as long as any view of them.
     """
 
     def __init__(
@@ -162,6 +164,9 @@ class Checkpoint:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+        about_it = isinstance(error, ModelFormatError | UnsupportedModelError)
+        if about_it and str(self.directory) not in str(error):
+            raise type(error)(f"{self.directory}: {error}") from error  # type: ignore[misc]
 
     def _find(self, name: str) -> SafetensorsFile:
         try:

@@ -199,7 +199,7 @@ def test_a_poisoned_request_fails_alone_and_is_wiped_out(scripted, specification
     for index, request in enumerate(requests):
         if index == victim:
             assert request.finish_reason == "error"
-            assert request.error == "the model gave logits whose largest is nan"
+            assert "the model gave logits whose largest is nan" in request.error
             assert request.generated_token_ids == []
         else:
             assert scripted.result(request) == expected[index]

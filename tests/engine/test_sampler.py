@@ -263,7 +263,8 @@ def test_when_nothing_is_left_to_sample_the_request_fails(scripted):
 def test_a_bad_row_fails_its_request_alone(scripted, temperature, bad, said):
     requests = [generating(scripted, [], temperature=temperature, top_p=0.9) for _ in range(3)]
     results = sample(requests, [[0, 9, 1], bad, [0, 1, 99]])
-    assert results[1].error == f"the model gave logits whose largest is {said}"
+    assert results[1].error.startswith(f"the model gave logits whose largest is {said}, expected")
+    assert "weights" in results[1].error
     assert results[1].token_ids == ()
     assert [results[0].token_ids, results[2].token_ids] == [(1,), (2,)]
 

@@ -48,7 +48,7 @@ def test_other_types():
     ):
         with pytest.raises(ModelFormatError, match="expected"):
             read()
-    with pytest.raises(ModelFormatError, match="huge is .*a list of numbers above 0"):
+    with pytest.raises(ModelFormatError, match=r"huge is .*a list of numbers above 0"):
         ConfigJson({"huge": [1, 10**400]}).numbers("huge")
     good = ConfigJson({"flag": True, "name": "silu", "list": [1, 2.5], "object": {"x": 0}})
     assert good.boolean("flag", False) and good.text("name") == "silu"
@@ -234,5 +234,5 @@ def test_the_output_head_is_tied_where_the_field_and_the_checkpoint_say_so():
         ({}, head, False),
     ):
         assert ConfigJson(values, names).tie_word_embeddings(False) is tied
-    with pytest.raises(ModelFormatError, match="tie_word_embeddings is False, .*no lm_head.weight"):
+    with pytest.raises(ModelFormatError, match=r"tie_word_embeddings is False, .*no lm_head"):
         ConfigJson({"tie_word_embeddings": False}).tie_word_embeddings(False)
