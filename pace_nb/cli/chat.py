@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     with shared.open_llm(options) as llm:
         params = shared.sampling_params(options, llm.get_default_sampling_params())
         if options.stats:
-            sys.stderr.write(f"{warm_up(llm)}\n")
+            sys.stderr.write(f"{warm_up(llm)}\nseed      {params.seed}\n")
 
         def answer(messages: Messages) -> Generator[str, None, None]:
             watch = stats.Stopwatch()

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     with shared.open_llm(options) as llm:
         params = shared.sampling_params(options, llm.get_default_sampling_params())
         if options.stats:  # compiling is not what is to be measured
-            sys.stderr.write(f"{warm_up(llm)}\n")
+            sys.stderr.write(f"{warm_up(llm)}\nseed      {params.seed}\n")
         output = TextOutput()
         watch = stats.Stopwatch()
         news = llm.stream(prompt, params)  # a prompt that cannot be served is refused here

@@ -7,6 +7,7 @@ their type; `SamplingParams` and `EngineConfig` do, in the same words for every 
 from __future__ import annotations
 
 import argparse
+import secrets
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> 
            "--repetition-penalty", "--repeat-penalty")  # fmt: skip
     number(float, "subtract per earlier occurrence", "--frequency-penalty")
     number(float, "subtract once for a token that occurred", "--presence-penalty")
-    number(int, "same seed, same text", "-s", "--seed")
+    number(int, "same seed, same text (default: drawn at random, shown by --stats)", "-s", "--seed")
     group.add_argument(
         "--stop",
         "-r",
@@ -179,7 +180,10 @@ def open_llm(options: argparse.Namespace) -> LLM:
 
 
 def sampling_params(options: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
-    """`defaults` with what the command line gave; InvalidRequestError for a value out of range."""
+    """`defaults` with what the command line gave; InvalidRequestError for a value out of range.
+
+    Where no seed is given (-1 is none) one is drawn at random: two calls write two texts.
+    """
     from dataclasses import replace
 
     given: dict[str, Any] = {
@@ -187,7 +191,8 @@ def sampling_params(options: argparse.Namespace, defaults: SamplingParams) -> Sa
         for name in SAMPLING_FIELDS
         if (value := getattr(options, name, None)) is not None
     }
-    return replace(defaults, **given)
+    params = replace(defaults, **given)
+    return params if params.seed is not None else replace(params, seed=secrets.randbits(32))
 
 
 def read_prompt(options: argparse.Namespace) -> str:

@@ -237,7 +237,7 @@ def test_stats_follow_each_answer(capsys, monkeypatch):
     captured = capsys.readouterr()
     assert captured.out.count("\n") == 1
     names = [line.split()[0] for line in captured.err.splitlines()]
-    assert names == ["kernels", "prompt", "first", "decode", "roofline"]
+    assert names == ["kernels", "seed", "prompt", "first", "decode", "roofline"]
 
 
 def test_a_model_without_a_chat_template_is_refused(capsys, monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -57,7 +58,7 @@ def test_the_compiled_kernels_write_a_story(capsys):
     assert code == 0
     assert out.startswith(PROMPT) and len(out) > len(PROMPT) + 8
     assert [line.split()[0] for line in err.splitlines()] == (
-        "kernels prompt first decode roofline".split()
+        "kernels seed prompt first decode roofline".split()
     )
     assert "compiled meanwhile" not in err, "the warm-up must have left nothing to compile"
 
@@ -68,6 +69,14 @@ def test_the_same_seed_gives_the_same_text(capsys):
 
     assert text("1") == text("1")
     assert len({text(seed) for seed in "12345"}) > 1
+
+
+def test_without_a_seed_each_call_draws_one_and_shows_it(capsys):
+    arguments = (PROMPT, "--temp", "1.5", "-n", "16", *REFERENCE, "--stats")
+    runs = [generate(capsys, *arguments) for _ in range(2)]
+    seeds = [re.search(r"^seed +(\d+)$", err, re.MULTILINE).group(1) for _, _, err in runs]
+    assert seeds[0] != seeds[1]
+    assert generate(capsys, *arguments, "--seed", seeds[0])[1] == runs[0][1]
 
 
 def test_the_model_s_own_settings_are_the_default(capsys, tmp_path, story):

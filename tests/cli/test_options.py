@@ -86,6 +86,13 @@ def test_what_is_not_given_comes_from_the_defaults():
     assert params.max_tokens == 99
 
 
+def test_a_seed_is_drawn_where_none_is_given():
+    drawn = [shared.sampling_params(parse("p"), SamplingParams()).seed for _ in range(3)]
+    assert None not in drawn and len(set(drawn)) > 1
+    assert shared.sampling_params(parse("p"), SamplingParams(seed=3)).seed == 3
+    assert shared.sampling_params(parse("p", "-s", "-1"), SamplingParams()).seed is not None
+
+
 def test_every_flag_reaches_its_field():
     arguments = (
         "p -n 5 --min-tokens 2 --temp 0.25 --top-p 0.5 --top-k 4 --min-p 0.125 --repeat-penalty 1.5"
