@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import argparse
 import io
-import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
-from types import FrameType
+from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import TYPE_CHECKING
 
+from pace_nb.cli import interrupts, stats
 from pace_nb.cli import options as shared
-from pace_nb.cli import stats
 from pace_nb.cli.text_output import TextOutput
 from pace_nb.cli.warmup import warm_up
 from pace_nb.errors import ConfigError, PaceError
@@ -156,35 +154,13 @@ def converse(
 def say(pieces: Generator[str, None, None], output: TextOutput, *, interactive: bool) -> str:
     """Write an answer as it comes; returns it, cut short where Ctrl-C came."""
     said = []
-    with closing(pieces), interruptible(interactive) as interrupted:
+    with closing(pieces), interrupts.noted() as interrupted:
         for piece in pieces:
             output.write(piece)
             said.append(piece)
             if interrupted():
+                if not interactive:
+                    raise KeyboardInterrupt
                 break
     output.end_line()
     return "".join(said)
-
-
-@contextmanager
-def interruptible(enabled: bool) -> Iterator[Callable[[], bool]]:
-    """Inside the block the first Ctrl-C is only noted, so that no step is torn apart half-way.
-
-    Yields a function that says whether it came. A second one interrupts for good.
-    """
-    came = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        if came:
-            raise KeyboardInterrupt
-        came = True
-
-    if not enabled:
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: came
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -7,8 +7,8 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from pace_nb.cli import interrupts, stats
 from pace_nb.cli import options as shared
-from pace_nb.cli import stats
 from pace_nb.cli.text_output import TextOutput
 from pace_nb.cli.warmup import warm_up
 
@@ -53,9 +53,12 @@ def run(options: argparse.Namespace) -> int:
         if not options.no_echo:
             output.write(prompt)
         logprobs: list[str] = []
-        for completion in stats.timed(news, watch):
-            output.write(completion.text)
-            logprobs += logprob_lines(completion)
+        with interrupts.noted() as interrupted:
+            for completion in stats.timed(news, watch):
+                output.write(completion.text)
+                logprobs += logprob_lines(completion)
+                if interrupted():
+                    raise KeyboardInterrupt
         output.end_line()
         sys.stderr.writelines(logprobs)
         if options.stats:

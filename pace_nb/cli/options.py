@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pace_nb.cli import interrupts
 from pace_nb.errors import ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -167,16 +168,18 @@ def open_llm(options: argparse.Namespace) -> LLM:
             jit.set_num_threads(options.threads)  # refused before a model is loaded for nothing
         except ValueError as error:
             raise ConfigError(f"--threads: {error}") from error
-    return LLM(
-        resolve_model(options),
-        dtype=options.dtype,
-        kernels=options.kernels,
-        num_threads=options.threads,
-        max_model_len=options.max_model_len,
-        kv_cache=options.kv_cache,
-        block_size=options.block_size,
-        enable_prefix_caching=options.enable_prefix_caching,
-    )
+    directory = resolve_model(options)  # a download may be interrupted at any time
+    with interrupts.deferred():
+        return LLM(
+            directory,
+            dtype=options.dtype,
+            kernels=options.kernels,
+            num_threads=options.threads,
+            max_model_len=options.max_model_len,
+            kv_cache=options.kv_cache,
+            block_size=options.block_size,
+            enable_prefix_caching=options.enable_prefix_caching,
+        )
 
 
 def sampling_params(options: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:

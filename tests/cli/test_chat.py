@@ -148,6 +148,21 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_ctrl_c_ends_a_script_between_two_pieces():
+    reached = []
+
+    def pieces(messages):
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append("one")
+        yield "one"
+        reached.append("two")
+        yield "two"
+
+    with pytest.raises(KeyboardInterrupt):
+        converse("one", model=pieces, interactive=False)
+    assert reached == ["one"]
+
+
 def test_a_second_ctrl_c_is_for_good():
     def stubborn(messages):
         os.kill(os.getpid(), signal.SIGINT)

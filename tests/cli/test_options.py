@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
+import signal
 import sys
 
 import pytest
@@ -84,6 +86,19 @@ def test_what_is_not_given_comes_from_the_defaults():
     assert (params.temperature, params.top_k, params.top_p) == (0.5, 7, 0.9)
     assert params.stop == ("x",)
     assert params.max_tokens == 99
+
+
+def test_an_interrupt_while_the_model_loads_comes_afterwards(monkeypatch):
+    loaded = []
+
+    def load(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        loaded.append(arguments)
+
+    monkeypatch.setattr("pace_nb.llm.LLM", load)
+    with pytest.raises(KeyboardInterrupt):
+        shared.open_llm(parse("p"))
+    assert loaded
 
 
 def test_a_seed_is_drawn_where_none_is_given():
