@@ -123,14 +123,14 @@ class ConfigJson:
         """`field`; at most the checkpoint's tensors: nobody builds 10**9 shells."""
         return self.integer(field, maximum=max(1, len(self._tensor_names)))
 
-    def tie_word_embeddings(self, default: bool) -> bool:
-        """True where the field says so, or says nothing and there is no `lm_head.weight`."""
+    def tie_word_embeddings(self, default: bool, head: str = "lm_head.weight") -> bool:
+        """True where the field says so, or says nothing and there is no tensor `head`."""
         tied = self.boolean("tie_word_embeddings", default)
-        if tied or self.has_tensor("lm_head.weight"):
+        if tied or self.has_tensor(head):
             return tied
         if self.has("tie_word_embeddings"):
             raise self._wrong(
-                "tie_word_embeddings", False, "true, for the checkpoint has no lm_head.weight"
+                "tie_word_embeddings", False, f"true, for the checkpoint has no {head}"
             )
         return True
 

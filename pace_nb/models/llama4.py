@@ -100,8 +100,7 @@ class Llama4Config:
             max_position_embeddings=text.integer("max_position_embeddings"),
             rms_norm_eps=text.number("rms_norm_eps", 1e-5),
             attention_bias=text.boolean("attention_bias", False),
-            tie_word_embeddings=text.boolean("tie_word_embeddings", False)
-            or not json.has_tensor(join(prefix, "lm_head.weight")),
+            tie_word_embeddings=text.tie_word_embeddings(False, join(prefix, "lm_head.weight")),
             use_qk_norm=text.boolean("use_qk_norm", True),
             attn_temperature_tuning=text.boolean("attn_temperature_tuning", True),
             floor_scale=text.number("floor_scale", 8192.0),

@@ -236,3 +236,8 @@ def test_the_output_head_is_tied_where_the_field_and_the_checkpoint_say_so():
         assert ConfigJson(values, names).tie_word_embeddings(False) is tied
     with pytest.raises(ModelFormatError, match=r"tie_word_embeddings is False, .*no lm_head"):
         ConfigJson({"tie_word_embeddings": False}).tie_word_embeddings(False)
+    head = "language_model.lm_head.weight"
+    untied = ConfigJson({"tie_word_embeddings": False}, [head])
+    assert untied.tie_word_embeddings(False, head) is False
+    with pytest.raises(ModelFormatError, match=r"true, for the checkpoint has no x\.weight"):
+        untied.tie_word_embeddings(False, "x.weight")
