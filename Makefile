@@ -6,7 +6,7 @@
 #   make serve             the HTTP server (not built yet: says so)
 #   make lint              ruff, mypy and typos
 #   make test              the default suite: kernels interpreted, kernels on a generic CPU, everything compiled
-#   make test-long         the tests marked `long`
+#   make test-long         the property tests with 20 times as many examples
 #   make test-interpreted  kernel tests as plain Python (NUMBA_DISABLE_JIT=1)
 #   make notebooks         execute every notebook in place
 #   make bench             measure every kernel against the machine's limits, rewrite the README table
@@ -73,7 +73,7 @@ test: $(VENV)/.installed-test
 	$(PYTEST) -q
 
 test-long: $(VENV)/.installed-test
-	$(PYTEST) -q -m long
+	PACE_NB_TEST_LONG=1 $(PYTEST) -q tests/engine tests/kv_cache tests/models tests/test_*.py
 
 test-interpreted: $(VENV)/.installed-test
 	NUMBA_DISABLE_JIT=1 $(PYTEST) -q tests/kernels

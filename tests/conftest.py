@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,6 +16,18 @@ os.environ.setdefault("PACE_NB_CACHE_DIR", str(ROOT / ".pytest_cache" / "pace_nb
 
 # A test that reaches for the hub fails at once instead of waiting for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test-long`: the same property tests, 20 times as many examples."""
+    if not os.environ.get("PACE_NB_TEST_LONG"):
+        return
+    for item in items:
+        function = getattr(item, "obj", None)
+        found = getattr(function, "_hypothesis_internal_use_settings", None)
+        if found is not None:
+            more = settings(found, max_examples=20 * found.max_examples, deadline=None)
+            function._hypothesis_internal_use_settings = more
 
 
 @pytest.fixture(scope="session")

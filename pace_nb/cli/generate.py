@@ -45,8 +45,10 @@ def run(options: argparse.Namespace) -> int:
     prompt = shared.read_prompt(options)
     with shared.open_llm(options) as llm:
         params = shared.sampling_params(options, llm.get_default_sampling_params())
-        if options.stats:  # compiling is not what is to be measured
-            sys.stderr.write(f"{warm_up(llm)}\nseed      {params.seed}\n")
+        # Before the text, which the bar that names kernels would overwrite, and before the clock.
+        ready = warm_up(llm)
+        if options.stats:
+            sys.stderr.write(f"{ready}\nseed      {params.seed}\n")
         output = TextOutput()
         watch = stats.Stopwatch()
         news = llm.stream(prompt, params)  # a prompt that cannot be served is refused here
