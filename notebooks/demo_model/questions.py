@@ -401,7 +401,7 @@ QUESTIONS: dict[str, Callable[[random.Random], Turn]] = {
     "opposites": opposites, "animals": animals, "calendar": calendar, "facts": facts,
     "repeat": repeat, "reading": reading, "story_reading": story_reading, "unknown": unknown, "small_talk": small_talk,
 }  # fmt: skip
-WEIGHTS = [10, 8, 4, 1, 1, 3, 2, 2, 4, 12, 2, 1, 1]  # the harder a kind, the more of it is read
+WEIGHTS = [10, 8, 4, 1, 1, 3, 2, 2, 12, 12, 2, 1, 1]  # the harder a kind, the more of it is read
 CLOSED = {"small_talk"}  # a closed list of phrasings: nothing to hold out
 
 

@@ -12,28 +12,25 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from chat_format import BOS, CHAT_TEMPLATE, END, EOS, ROLES, SPECIAL_TOKENS, render
 from corpus import documents
+from measure import chat_prompt, measure, write_card
 from model import CONFIG, Llama
-from questions import QUESTIONS, ask
 from safetensors.torch import save_file
-from stories import story_faults
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS_PER_STEP = 4096
 LENGTHS = [256] * 7 + [1024]  # mostly short sequences; some long, so that every position is trained
-PEAK_LR, WARMUP_STEPS = 3e-3, 100
+WARMUP_STEPS = 100
 
 
 # ------------------------------------------------------------------------------------ Tokenizer
@@ -111,103 +108,45 @@ def train(model: Llama, tokenizer: Tokenizer, arguments: argparse.Namespace,
           steps: int = 0, minutes: float = 0.0) -> None:  # fmt: skip
     """Trains for `--minutes` of wall clock; the learning rate follows the clock down to zero.
 
-    `steps` and `minutes` say what a resumed model has behind it; AdamW starts anew.
+    `steps` and `minutes` are what a resumed model has behind it; AdamW and its rate start anew.
     """
     matrices = [p for p in model.parameters() if p.ndim == 2]
     norms = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98), fused=True)
-    saved = time.monotonic()
-    start, smooth, step = saved - 60 * minutes, 0.0, 0
-    for batch in batches(tokenizer, arguments.seed + steps, arguments.only):
-        progress = (time.monotonic() - start) / (60 * arguments.minutes)
+    optimizer = torch.optim.AdamW(groups, lr=arguments.rate, betas=(0.9, 0.98), fused=True)
+    start = saved = time.monotonic()
+    smooth, first = 0.0, steps
+    for batch in batches(tokenizer, arguments.seed + first, arguments.only):
+        now = time.monotonic()
+        progress, spent = (now - start) / (60 * arguments.minutes), minutes + (now - start) / 60
+        if now - saved > 240 or progress >= 1:
+            saved = now
+            save_checkpoint(arguments.checkpoint, model, tokenizer, steps, spent)
         if progress >= 1:
             break
-        rate = (
-            PEAK_LR * min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * progress))
-        )
+        warm = min(1, (steps - first + 1) / WARMUP_STEPS)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = arguments.rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
         loss = loss_of(model, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        smooth += (loss.item() - smooth) / min(step, 50)
-        now = time.monotonic()
-        if step % 50 == 0:
-            print(f"{(now - start) / 60:6.1f} min  step {steps + step}"
-                  f"  tokens {(steps + step) * TOKENS_PER_STEP / 1e6:.2f} M"
+        steps += 1
+        smooth += (loss.item() - smooth) / min(steps - first, 50)
+        if steps % 50 == 0:
+            rate, tokens = optimizer.param_groups[0]["lr"], steps * TOKENS_PER_STEP / 1e6
+            print(f"{spent:6.1f} min  step {steps}  tokens {tokens:.2f} M"
                   f"  rate {rate:.5f}  loss {smooth:.4f}", flush=True)  # fmt: skip
-        if now - saved > 240:
-            saved = now
-            save_checkpoint(arguments.checkpoint, model, tokenizer, steps + step, now - start)
-    seconds = time.monotonic() - start
-    save_checkpoint(arguments.checkpoint, model, tokenizer, steps + step, seconds)
 
 
 def save_checkpoint(
-    path: Path, model: Llama, tokenizer: Tokenizer, steps: int, seconds: float
+    path: Path, model: Llama, tokenizer: Tokenizer, steps: int, minutes: float
 ) -> None:
     state = {"model": model.state_dict(), "tokenizer": tokenizer.to_str()}
-    state |= {"steps": steps, "minutes": seconds / 60}
     temporary = path.with_suffix(".part")
-    torch.save(state, temporary)
+    torch.save(state | {"steps": steps, "minutes": minutes}, temporary)
     temporary.replace(path)  # whole or not at all
-
-
-# ---------------------------------------------------------------------------------- Measurement
-
-
-@torch.no_grad()
-def complete(model: Llama, tokenizer: Tokenizer, prompt: str, temperature: float = 0.0,
-             seed: int = 0, max_tokens: int = 320) -> str:  # fmt: skip
-    """The continuation of a rendered prompt up to <|eos|> or <|end|>, greedy at temperature 0."""
-    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False).ids])
-    generator, length = torch.Generator().manual_seed(seed), ids.shape[1]
-    for _ in range(max_tokens):
-        logits = model(ids)[0, -1]
-        if temperature:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-        else:
-            token = logits.argmax()
-        if int(token) in CONFIG["eos_token_id"]:
-            break
-        ids = torch.cat([ids, token.view(1, 1)], dim=1)
-    return tokenizer.decode(ids[0, length:].tolist())
-
-
-def chat_prompt(question: str) -> str:
-    return render([{"role": "user", "content": question}]) + "<|assistant|>"
-
-
-@torch.no_grad()
-def measure(model: Llama, tokenizer: Tokenizer, questions: int, stories: int) -> dict[str, Any]:
-    """Validation loss, exact-match accuracy on held-out questions, faults in sampled stories."""
-    batch_stream = batches(tokenizer, seed=10**6)  # a seed that training does not use
-    losses = [loss_of(model, next(batch_stream)).item() for _ in range(16)]
-    accuracy = {}
-    for kind in QUESTIONS:
-        rng = random.Random(kind)
-        turns = [ask(rng, kind, test=True) for _ in range(questions)]
-        answers = [
-            complete(model, tokenizer, chat_prompt(turn.question), max_tokens=60) for turn in turns
-        ]
-        right = [answer in turn.answers for turn, answer in zip(turns, answers, strict=True)]
-        accuracy[kind] = sum(right) / len(right)
-        wrong = [(t.question, a) for t, a, ok in zip(turns, answers, right, strict=True) if not ok]
-        print(f"{kind:14} {accuracy[kind]:.3f}  wrong: {wrong[:3]}", flush=True)
-    told = [
-        complete(model, tokenizer, f"{BOS}Once upon a time", 0.7, seed) for seed in range(stories)
-    ]
-    faults = [story_faults("Once upon a time" + text) for text in told]
-    print("faults:", [fault for fault in faults if fault], flush=True)
-    sound = sum(not fault for fault in faults) / max(1, len(faults))
-    return {
-        "loss": sum(losses) / len(losses), "accuracy": accuracy, "questions": questions,
-        "stories": stories, "sound": sound,
-    }  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------- Export
@@ -271,23 +210,6 @@ def export_logits(model: Llama, tokenizer: Tokenizer, path: Path) -> None:
     )  # fmt: skip
 
 
-SAMPLES = ["Tell me a story about a fox.", "What is 8 plus 5?", "What is the opposite of hot?",
-           "Tom has a red kite. Mia has a blue ball. What does Mia have?", "Who are you?",
-           "What is the capital of France?"]  # fmt: skip
-
-
-def write_card(model: Llama, tokenizer: Tokenizer, result: dict[str, Any], path: Path) -> None:
-    """Fills card.md with what was measured and with samples of this very model."""
-    rows = [f"| {kind} | {share:.1%} |" for kind, share in result["accuracy"].items()]
-    samples = [f"> **Once upon a time**{complete(model, tokenizer, BOS + 'Once upon a time', 0.7)}"]
-    for question in SAMPLES:
-        answer = complete(model, tokenizer, chat_prompt(question), temperature=0.7)
-        samples.append(f"> **User:** {question}\\\n> **Model:** {answer}")
-    card = (Path(__file__).parent / "card.md").read_text()
-    result |= {"rows": "\n".join(rows), "samples": "\n\n".join(samples), "config": CONFIG}
-    path.write_text(card.format(**result))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     option = parser.add_argument
@@ -295,7 +217,8 @@ def main() -> None:
     option("--seed", type=int, default=1)
     option("--checkpoint", type=Path, default=ROOT / "build" / "demo_model.pt")
     option("--export-only", action="store_true", help="export the checkpoint, train nothing")
-    option("--resume", action="store_true", help="train the checkpoint on, up to --minutes")
+    option("--resume", action="store_true", help="train the checkpoint for --minutes more")
+    option("--rate", type=float, default=3e-3, help="highest learning rate")
     option("--only", nargs="*", default=(), help="kinds of question to train on, nothing else")
     option("--questions", type=int, default=200, help="held-out questions asked per kind")
     option("--stories", type=int, default=100, help="stories sampled and looked over")
@@ -318,7 +241,10 @@ def main() -> None:
     model.eval()
     export(model, tokenizer, arguments.out)
     export_logits(model, tokenizer, arguments.logits)
-    result = measure(model, tokenizer, arguments.questions, arguments.stories)
+    held_back = batches(tokenizer, seed=10**6)  # a seed that training does not use
+    with torch.no_grad():
+        result = {"loss": sum(loss_of(model, next(held_back)).item() for _ in range(16)) / 16}
+    result |= measure(model, tokenizer, arguments.questions, arguments.stories)
     result["parameters"] = sum(p.numel() for p in model.parameters()) / 1e6
     result |= {"minutes": state["minutes"], "tokens": state["steps"] * TOKENS_PER_STEP / 1e6}
     print(json.dumps(result, indent=2))
