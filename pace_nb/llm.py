@@ -8,6 +8,7 @@ know schedules, caches, arrays or HTTP. The names are vLLM's.
     LLM.stream       one prompt -> RequestOutputs that hold what is new, as it comes
     LLM.stream_chat  one conversation -> the same
     LLM.forward      token ids -> logits, for experiments
+    LLM.submit, step, withdraw   the same piece by piece, for who runs many and decides when
 
 Everything is checked before anything runs: one prompt of many that cannot be served raises
 InvalidRequestError, and none has run. What fails later, such as NaN logits, ends its own completion
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 from pace_nb.config import EngineConfig
 from pace_nb.engine.completion import Completion, Submission
-from pace_nb.engine.engine import Engine
+from pace_nb.engine.engine import Engine, EngineLoad
 from pace_nb.engine.request import Request
 from pace_nb.errors import ConfigError, InvalidRequestError, ModelFormatError, PaceError
 from pace_nb.kernels import jit
@@ -120,7 +121,7 @@ class LLM:
         self._engine: Engine | None = Engine(
             loaded, create_cache(stored, budget.cache), config, self.max_model_len
         )
-        self._completions: dict[str, Completion] = {}  # unfinished, by request id
+        self._running: dict[str, tuple[Submission, Completion]] = {}  # unfinished, by request id
         self._ids = itertools.count()
 
     # ---- what it is for ----
@@ -191,6 +192,45 @@ class LLM:
         read = self._read_chat(messages, add_generation_prompt, cache_salt, options)
         return self._stream(self._submission(read, sampling_params))
 
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Submission:
+        """Begin to complete a prompt: `step` brings it forward, its `news` and `output` tell.
+
+        Raises InvalidRequestError where it cannot be served. It is out of the engine when it has
+        finished, or by `withdraw`.
+        """
+        submission = self._submission(self._read(prompt), sampling_params)
+        try:
+            self._begin([submission])
+        except BaseException:
+            self.withdraw(submission)
+            raise
+        return submission
+
+    def step(self) -> list[Submission]:
+        """One step of the engine, with whatever it runs; returns the submissions that moved."""
+        engine = self._open_engine()
+        with jit.compile_progress():
+            progress = engine.step()
+        moved: dict[int, Submission] = {}
+        for request, new_token_ids in progress:
+            submission, completion = self._running[request.request_id]
+            completion.take(new_token_ids)
+            if completion.finish_reason is not None:
+                engine.abort(request.request_id)  # where a stop string ended it, it still runs
+                del self._running[request.request_id]
+            moved[id(submission)] = submission
+        return list(moved.values())
+
+    def withdraw(self, submission: Submission) -> None:
+        """Take what is left of a submission out of the engine; twice is once."""
+        for completion in submission.completions:
+            if self._running.pop(completion.request.request_id, None) is not None:
+                self._open_engine().abort(completion.request.request_id)
+
+    def get_load(self) -> EngineLoad:
+        """How busy the engine is."""
+        return self._open_engine().load()
+
     def forward(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits f32[T, V] of all T tokens of one sequence, with no BOS added.
 
@@ -220,9 +260,9 @@ class LLM:
 
     def close(self) -> None:
         """End what runs and let model and cache go. Twice is once."""
-        for request_id in list(self._completions):
+        for request_id in list(self._running):
             self._open_engine().abort(request_id)
-        self._completions.clear()
+        self._running.clear()
         self._engine = None
         if self._tokenizer is not None:
             self._tokenizer.close()
@@ -337,7 +377,7 @@ class LLM:
         ):
             started = time.monotonic()
             while running:
-                self._step()
+                self.step()
                 still_running = [one for one in running if not one.finished]
                 bar.set_postfix_str(_rates(submissions, started), refresh=False)
                 bar.update(len(running) - len(still_running))
@@ -353,34 +393,24 @@ class LLM:
                 elif submission.finished:
                     return
                 else:
-                    self._step()
+                    self.step()
 
     @contextmanager
     def _serving(self, submissions: Sequence[Submission]) -> Iterator[None]:
         """Inside the block the submissions run; however it is left, they are out of the engine."""
-        engine = self._open_engine()
-        completions = [one for submission in submissions for one in submission.completions]
         try:
-            for completion in completions:
-                self._completions[completion.request.request_id] = completion
-                engine.add(completion.request)
+            self._begin(submissions)
             yield
         finally:
-            for completion in completions:
-                if self._completions.pop(completion.request.request_id, None) is not None:
-                    engine.abort(completion.request.request_id)
+            for submission in submissions:
+                self.withdraw(submission)
 
-    def _step(self) -> None:
-        """One step of the engine; what it brings goes to whoever asked for it."""
+    def _begin(self, submissions: Sequence[Submission]) -> None:
         engine = self._open_engine()
-        with jit.compile_progress():
-            progress = engine.step()
-        for request, new_token_ids in progress:
-            completion = self._completions[request.request_id]
-            completion.take(new_token_ids)
-            if completion.finish_reason is not None:
-                engine.abort(request.request_id)  # where a stop string ended it, it still runs
-                del self._completions[request.request_id]
+        for submission in submissions:
+            for completion in submission.completions:
+                self._running[completion.request.request_id] = submission, completion
+                engine.add(completion.request)
 
     def _open_engine(self) -> Engine:
         if self._engine is None:

@@ -169,9 +169,11 @@ class Tokenizer:
             ) from None
         try:
             with library_errors("the tokenizer"):
-                ids: list[int] = self._backend.encode(
-                    text, add_special_tokens=add_special_tokens
-                ).ids
+                # A batch of one: unlike `encode` it lets other Python threads run meanwhile.
+                (encoded,) = self._backend.encode_batch(
+                    [text], add_special_tokens=add_special_tokens
+                )
+                ids: list[int] = encoded.ids
         except ModelFormatError as error:
             raise InvalidRequestError(f"the prompt cannot be encoded: {error}") from None
         if add_special_tokens:

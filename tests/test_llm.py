@@ -36,7 +36,7 @@ def assert_idle(llm):
     cache = llm._engine._cache
     cache.check()
     assert cache.num_free_tokens == cache.num_total_tokens
-    assert llm._engine.num_unfinished == 0 and not llm._completions
+    assert llm._engine.num_unfinished == 0 and not llm._running
 
 
 def generate(llm, prompts, params=GREEDY):
@@ -282,7 +282,7 @@ def test_streams_and_generate_in_turn_do_not_disturb_each_other(llm):
     ],
 )
 def test_a_bad_prompt_is_refused_before_anything_runs(llm, monkeypatch, prompt, message):
-    monkeypatch.setattr(llm, "_step", lambda: pytest.fail("it ran"))
+    monkeypatch.setattr(llm, "step", lambda: pytest.fail("it ran"))
     with pytest.raises(InvalidRequestError, match=message) as caught:
         generate(llm, prompt)
     assert "\n" not in str(caught.value)
@@ -518,3 +518,38 @@ def test_tokens_and_logprobs_are_the_same_bits_in_any_company():
             )
     finally:
         jit.set_num_threads(threads)
+
+
+# ---- piece by piece ----------------------------------------------------------------------------
+def test_submissions_move_step_by_step_and_are_what_generate_gives(llm):
+    prompts, params = ["The cat", STORY], replace(GREEDY, n=2)
+    submissions = [llm.submit(prompt, params) for prompt in prompts]
+    assert llm.get_load().num_waiting == 4
+    assert llm.step() == submissions  # both moved, and each is told once
+    load = llm.get_load()
+    assert (load.num_running, load.num_waiting) == (4, 0)
+    assert load.num_step_tokens >= len(llm.get_tokenizer().encode("The cat"))
+    assert 0 < load.kv_cache_usage < 1
+    while not all(one.finished for one in submissions):
+        llm.step()
+    expected = generate(llm, prompts, params)
+    assert [one.output().outputs for one in submissions] == [one.outputs for one in expected]
+    assert llm.get_load() == (0, 0, 0.0, llm.get_load().num_step_tokens)
+
+
+def test_a_withdrawn_submission_leaves_the_others(llm):
+    kept, given_up = (llm.submit(prompt, GREEDY) for prompt in ("The cat", STORY))
+    llm.step()
+    llm.withdraw(given_up)
+    llm.withdraw(given_up)
+    assert llm.get_load().num_running == 1
+    while not kept.finished:
+        assert llm.step() == [kept]
+    assert kept.output().outputs == generate(llm, "The cat")[0].outputs
+    assert not given_up.finished
+
+
+def test_a_submission_that_cannot_be_served_leaves_nothing(llm):
+    with pytest.raises(InvalidRequestError, match="integer from 0"):
+        llm.submit([10**6], GREEDY)
+    assert llm.get_load().num_waiting == 0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -392,3 +395,24 @@ def test_the_bundled_demo_model_loads(repository: Path) -> None:
     assert prompt.token_ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(prompt.token_ids, skip_special_tokens=False) == prompt.text
     tokenizer.close()
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(model: Model) -> None:
+    """The server's event loop goes on while a long prompt is read (RELIABILITY S18)."""
+    tokenizer = load(model())
+    times: list[float] = []
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.002):
+            times.append(time.perf_counter())
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    start = time.perf_counter()
+    assert len(tokenizer.encode("hello there world " * 60_000)) > 60_000
+    end = time.perf_counter()
+    done.set()
+    ticking.join()
+    gaps = np.diff([start, *(t for t in times if start < t < end), end])
+    assert gaps.max() < 0.6 * (end - start)

@@ -42,6 +42,19 @@ class Progress(NamedTuple):
     new_token_ids: Sequence[int]
 
 
+class EngineLoad(NamedTuple):
+    """How busy an engine is.
+
+    num_running, num_waiting: requests. kv_cache_usage: the share of the KV cache that running
+    requests own, 0 to 1. num_step_tokens: what the last step computed.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    num_step_tokens: int
+
+
 class Engine:
     """Serves requests with one model and one KV cache. Not thread-safe.
 
@@ -58,10 +71,12 @@ class Engine:
         self._sampler = Sampler(config.seed)
         self._requests: dict[str, Request] = {}  # unfinished
         self._num_arrived = 0
+        self._num_step_tokens = 0
 
     def step(self) -> list[Progress]:
         """Bring requests forward by one step; returns those with new tokens or an end."""
         scheduled = self._scheduler.schedule()
+        self._num_step_tokens = sum(one.num_tokens for one in scheduled)
         if not scheduled:
             return self._end_stall()
         try:
@@ -146,6 +161,15 @@ class Engine:
             )
         self.check_token_ids("token id", token_ids)
         return self._runner.forward(token_ids)
+
+    def load(self) -> EngineLoad:
+        """How busy it is, after its last step."""
+        return EngineLoad(
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            kv_cache_usage=1 - self._cache.num_free_tokens / self._cache.num_total_tokens,
+            num_step_tokens=self._num_step_tokens,
+        )
 
     @property
     def vocab_size(self) -> int:
