@@ -32,6 +32,19 @@ class InvalidRequestError(PaceError, ValueError):
     """A request cannot be served: sampling values, token ids, a prompt longer than the context."""
 
 
+class ApiError(InvalidRequestError):
+    """A request over an OpenAI-shaped API that is answered with an error object.
+
+    param: the field at fault, None where it is no single one. status: the HTTP status to answer
+    with; it also says which of OpenAI's types of error this is.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param = param
+        self.status = status
+
+
 class ShapeError(PaceError, ValueError):
     """Arrays of the wrong shape or dtype; the message holds both shapes."""
 

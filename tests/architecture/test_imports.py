@@ -11,6 +11,7 @@ import pytest
 LAYERS = [
     {"__main__"},
     {"cli", "server"},
+    {"openai_api"},
     {"llm"},
     {"engine"},
     {"tokenizer"},
