@@ -15,6 +15,7 @@ from pace_nb.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float32")
 KV_CACHE_KINDS = ("contiguous", "slab", "paged")
+SCHEDULING_POLICIES = ("fcfs", "priority")
 KERNELS = ("numba", "reference")
 
 
@@ -35,6 +36,11 @@ class EngineConfig:
             more rows only stretch every step.
         max_num_batched_tokens: Token budget of a step. Decodes take theirs first, one each; prefill
             gets what is left.
+        long_prefill_token_threshold: Most tokens of one prompt in a step; 0 is no bound but the
+            budget. A lower one keeps steps short while a long prompt comes in, and lets shorter
+            prompts pass it.
+        scheduling_policy: "fcfs", first come, first served; "priority", by the requests' priority
+            (lower values first) and then by arrival.
         enable_chunked_prefill: A prompt that exceeds what is left of the budget runs in pieces.
             Off: a prompt runs whole, and the first prompt of a step may exceed the budget.
         kv_cache: How keys and values are stored; what comes out is the same to the bit.
@@ -66,6 +72,8 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
+    long_prefill_token_threshold: int = 0
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     enable_chunked_prefill: bool = True
     kv_cache: str = "paged"
     kv_cache_memory_bytes: int | None = None
@@ -79,6 +87,7 @@ class EngineConfig:
         _expect_choice("dtype", self.dtype, DTYPES)
         _expect_choice("kv_cache", self.kv_cache, KV_CACHE_KINDS)
         _expect_choice("kernels", self.kernels, KERNELS)
+        _expect_choice("scheduling_policy", self.scheduling_policy, SCHEDULING_POLICIES)
         for name in ("model", "tokenizer"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str | Path) or not str(value)):
@@ -89,6 +98,14 @@ class EngineConfig:
             raise ConfigError(
                 f"enable_chunked_prefill must be a bool, got {self.enable_chunked_prefill!r}"
             )
+        if self.long_prefill_token_threshold != 0:
+            _expect_positive("long_prefill_token_threshold", self.long_prefill_token_threshold)
+            if not self.enable_chunked_prefill:
+                raise ConfigError(
+                    "long_prefill_token_threshold is "
+                    f"{self.long_prefill_token_threshold}, expected 0 where enable_chunked_prefill "
+                    "is False: a prompt runs whole then"
+                )
         _expect_positive("max_num_seqs", self.max_num_seqs)
         _expect_positive("max_num_batched_tokens", self.max_num_batched_tokens)
         for name in ("max_model_len", "kv_cache_memory_bytes", "num_threads"):

@@ -53,6 +53,18 @@ class OutOfMemoryError(PaceError):
     """A pool (KV cache, batch) has no room for what was asked."""
 
 
+class WrongThreadError(PaceError, RuntimeError):
+    """An engine was called from a thread that is not its own; see EngineThread."""
+
+
+class EngineBusyError(PaceError):
+    """An engine has as many requests as it takes. Nothing is wrong; try again later."""
+
+
+class EngineClosedError(PaceError):
+    """An engine takes no requests any more: it was closed, or it failed."""
+
+
 class ConfigError(PaceError, ValueError):
     """An engine setting, a command-line option or an environment variable is wrong."""
 

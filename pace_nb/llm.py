@@ -1,7 +1,8 @@
 """`LLM`: text in, text out. It owns the tokenizer and the engine.
 
-Knows prompts in all the forms they come in, conversations, completions and their text. Does not
-know schedules, caches, arrays or HTTP. The names are vLLM's.
+Knows calls: what runs until when, and what is given back. Does not know how prompts are read
+(prompts.py), how models are opened (text_model.py), schedules, caches, arrays or HTTP. The names
+are vLLM's.
 
     LLM.generate     prompts -> list[RequestOutput], in order, when all are done
     LLM.chat         conversations -> the same
@@ -13,68 +14,48 @@ know schedules, caches, arrays or HTTP. The names are vLLM's.
 Everything is checked before anything runs: one prompt of many that cannot be served raises
 InvalidRequestError, and none has run. What fails later, such as NaN logits, ends its own completion
 with finish_reason "error" and the reason as stop_reason. However a call ends, by Ctrl-C too, its
-requests are out of the engine and their cache is free. Not thread-safe.
+requests are out of the engine and their cache is free.
 """
 
 from __future__ import annotations
 
-import itertools
-import operator
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pace_nb.config import EngineConfig
-from pace_nb.engine.completion import Completion, Submission
+from pace_nb.engine.completion import Submission
 from pace_nb.engine.engine import Engine, EngineLoad
-from pace_nb.engine.request import Request
-from pace_nb.errors import ConfigError, InvalidRequestError, ModelFormatError, PaceError
+from pace_nb.engine.submissions import Submissions
+from pace_nb.errors import InvalidRequestError, PaceError
 from pace_nb.kernels import jit
-from pace_nb.kv_cache import create_cache
-from pace_nb.kv_cache.budget import cache_budget
-from pace_nb.models import hub
-from pace_nb.models.loader import Checkpoint
-from pace_nb.models.registry import load_model
-from pace_nb.outputs import RequestMetrics, RequestOutput
+from pace_nb.outputs import RequestOutput
+from pace_nb.prompts import (
+    Messages,
+    Prompt,
+    PromptInput,
+    as_conversations,
+    as_prompts,
+    as_token_ids,
+)
 from pace_nb.sampling_params import SamplingParams
-from pace_nb.tokenizer import Tokenizer, token_ids_field
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text; token ids; {"prompt": text}; or {"prompt_token_ids": ids}, with or without "prompt".
-
-The last two may have a "cache_salt": the prompt shares its part of the KV cache only with prompts
-of the same salt, so that nobody else can tell by the time an answer takes what was asked before.
-"""
-
-Messages = Sequence[Mapping[str, Any]]
-"""A conversation: {"role": ..., "content": ...}, oldest first."""
+from pace_nb.text_model import engine_config, open_model
+from pace_nb.tokenizer import Tokenizer
 
 Sampling = SamplingParams | Sequence[SamplingParams] | None
 """For all prompts, one for each, or None for the model's own (`get_default_sampling_params`)."""
 
-PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
-
-# generation_config.json -> SamplingParams. Like vLLM, do_sample is not looked at.
-GENERATION_DEFAULTS = {
-    "repetition_penalty": "repetition_penalty",
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "max_new_tokens": "max_tokens",
-}
-
 
 class LLM:
     """A model ready to generate. A context manager; `close` lets its memory go.
+
+    To be used by one thread; `AsyncLLM` may be called from any.
 
     Args:
         model: Local directory, hub name, or None for the bundled demo model.
@@ -91,38 +72,13 @@ class LLM:
     """
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
-        known = [field.name for field in fields(EngineConfig)]
-        for name in options:
-            if name not in known:
-                raise ConfigError(f"LLM has no option {name!r}, expected {', '.join(known)}")
-        self.config = config = EngineConfig(model=model, **options)
-        self.directory = hub.resolve(config.model, config.revision)
-        with Checkpoint.open(self.directory) as checkpoint:
-            loaded = load_model(checkpoint, config.storage_dtype)
-            self._generation_config = checkpoint.generation_config
-            eos_token_ids = _eos_token_ids(checkpoint, loaded.vocab_size)
-        self._tokenizer = _open_tokenizer(config, self.directory)
-        self._eos_token_ids = (
-            eos_token_ids if self._tokenizer is None else self._tokenizer.eos_token_ids
-        )
-
-        max_model_len = loaded.max_position_embeddings
-        if config.max_model_len is not None:
-            if config.max_model_len > max_model_len:
-                raise ConfigError(
-                    f"max_model_len is {config.max_model_len}, the model was made for at most "
-                    f"{max_model_len} (max_position_embeddings)"
-                )
-            max_model_len = config.max_model_len
-        stored = loaded.kv_cache_config(config.storage_dtype)
-        budget = cache_budget(config, stored, max_model_len)
-        self.kv_cache_arithmetic = budget.arithmetic
-        self.max_model_len = budget.cache.max_model_len
-        self._engine: Engine | None = Engine(
-            loaded, create_cache(stored, budget.cache), config, self.max_model_len
-        )
-        self._running: dict[str, tuple[Submission, Completion]] = {}  # unfinished, by request id
-        self._ids = itertools.count()
+        self.config = engine_config("LLM", model, options)
+        self._text, engine = open_model(self.config)
+        self.directory = self._text.directory
+        self.max_model_len = self._text.max_model_len
+        self.kv_cache_arithmetic = self._text.kv_cache_arithmetic
+        self._engine: Engine | None = engine
+        self._submissions: Submissions | None = Submissions(engine)
 
     # ---- what it is for ----
 
@@ -136,8 +92,7 @@ class LLM:
 
         Raises InvalidRequestError before anything runs when one of them cannot be served.
         """
-        listed = _listed(prompts)
-        inputs = [self._read(prompt) for prompt in listed]
+        inputs = [self._text.prompts.read(prompt) for prompt in as_prompts(prompts)]
         return self._run(inputs, _one_each(sampling_params, len(inputs)), use_tqdm)
 
     def chat(
@@ -156,15 +111,9 @@ class LLM:
 
         Raises InvalidRequestError before anything runs when one of them cannot be served.
         """
-        if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-            raise InvalidRequestError(
-                f"messages is a {type(messages).__name__}, expected a list of role and content"
-            )
-        one = bool(messages) and isinstance(messages[0], Mapping)
-        conversations: Any = [messages] if one else messages
         inputs = [
-            self._read_chat(conversation, add_generation_prompt, cache_salt, options)
-            for conversation in conversations
+            self._text.prompts.read_chat(one, add_generation_prompt, cache_salt, **options)
+            for one in as_conversations(messages)
         ]
         return self._run(inputs, _one_each(sampling_params, len(inputs)), use_tqdm)
 
@@ -177,7 +126,7 @@ class LLM:
         logprobs. Closing the generator ends the request. Raises InvalidRequestError at once, not
         when the first output is asked for.
         """
-        return self._stream(self._submission(self._read(prompt), sampling_params))
+        return self._stream(self._submission(self._text.prompts.read(prompt), sampling_params))
 
     def stream_chat(
         self,
@@ -189,43 +138,34 @@ class LLM:
         **options: Any,
     ) -> Generator[RequestOutput, None, None]:
         """Answer one conversation, as `stream` does. The rest is as in `chat`."""
-        read = self._read_chat(messages, add_generation_prompt, cache_salt, options)
+        read = self._text.prompts.read_chat(messages, add_generation_prompt, cache_salt, **options)
         return self._stream(self._submission(read, sampling_params))
 
-    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Submission:
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+    ) -> Submission:
         """Begin to complete a prompt: `step` brings it forward, its `news` and `output` tell.
 
-        Raises InvalidRequestError where it cannot be served. It is out of the engine when it has
-        finished, or by `withdraw`.
+        priority: lower runs first, with `scheduling_policy="priority"`. Raises InvalidRequestError
+        where it cannot be served. It is out of the engine when it has finished, or by `withdraw`.
         """
-        submission = self._submission(self._read(prompt), sampling_params)
-        try:
-            self._begin([submission])
-        except BaseException:
-            self.withdraw(submission)
-            raise
+        read = self._text.prompts.read(prompt)
+        submission = self._submission(read, sampling_params, priority)
+        self._running().begin(submission)
         return submission
 
     def step(self) -> list[Submission]:
         """One step of the engine, with whatever it runs; returns the submissions that moved."""
-        engine = self._open_engine()
-        with jit.compile_progress():
-            progress = engine.step()
-        moved: dict[int, Submission] = {}
-        for request, new_token_ids in progress:
-            submission, completion = self._running[request.request_id]
-            completion.take(new_token_ids)
-            if completion.finish_reason is not None:
-                engine.abort(request.request_id)  # where a stop string ended it, it still runs
-                del self._running[request.request_id]
-            moved[id(submission)] = submission
-        return list(moved.values())
+        return self._running().step()
 
     def withdraw(self, submission: Submission) -> None:
         """Take what is left of a submission out of the engine; twice is once."""
-        for completion in submission.completions:
-            if self._running.pop(completion.request.request_id, None) is not None:
-                self._open_engine().abort(completion.request.request_id)
+        if self._submissions is not None:
+            self._submissions.withdraw(submission)
 
     def get_load(self) -> EngineLoad:
         """How busy the engine is."""
@@ -238,34 +178,26 @@ class LLM:
         """
         engine = self._open_engine()
         with jit.compile_progress():
-            return engine.forward(_token_ids(token_ids))
+            return engine.forward(as_token_ids(token_ids))
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. ModelFormatError where it has none."""
-        if self._tokenizer is None:
-            raise ModelFormatError(f"{self.directory}: no tokenizer.json, expected one for text")
-        return self._tokenizer
+        return self._text.prompts.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json suggests; vLLM's defaults for the rest."""
-        suggested = {
-            name: self._generation_config[theirs]
-            for theirs, name in GENERATION_DEFAULTS.items()
-            if self._generation_config.get(theirs) is not None
-        }
-        try:
-            return SamplingParams(**suggested)
-        except InvalidRequestError as error:
-            raise ModelFormatError(f"{self.directory}/generation_config.json: {error}") from error
+        return self._text.default_sampling_params()
+
+    def get_suggested_sampling(self) -> dict[str, Any]:
+        """Only what generation_config.json names, as fields of SamplingParams."""
+        return self._text.suggested_sampling()
 
     def close(self) -> None:
         """End what runs and let model and cache go. Twice is once."""
-        for request_id in list(self._running):
-            self._open_engine().abort(request_id)
-        self._running.clear()
-        self._engine = None
-        if self._tokenizer is not None:
-            self._tokenizer.close()
+        if self._submissions is not None:
+            self._submissions.clear()
+        self._engine = self._submissions = None
+        self._text.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -278,95 +210,15 @@ class LLM:
     ) -> None:
         self.close()
 
-    # ---- from prompts to requests ----
+    # ---- from prompts to outputs ----
 
-    def _read(self, prompt: Prompt) -> _Input:
-        """Any form of prompt as text, where there is text, and token ids."""
-        salt = None
-        if isinstance(prompt, Mapping):
-            unknown = sorted(str(key) for key in prompt.keys() - PROMPT_KEYS)
-            if unknown or not prompt.keys() - {"cache_salt"}:
-                raise InvalidRequestError(
-                    f"a prompt has the keys {unknown}, expected 'prompt' or 'prompt_token_ids', "
-                    "with or without 'cache_salt'"
-                )
-            salt = prompt.get("cache_salt")
-            text = prompt.get("prompt")
-            if text is not None and not isinstance(text, str):
-                raise InvalidRequestError(f"prompt is a {type(text).__name__}, expected text")
-            if prompt.get("prompt_token_ids") is not None:
-                return _Input(text, _token_ids(prompt["prompt_token_ids"]), salt)
-            prompt = text or ""
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise InvalidRequestError(
-                    f"the prompt is text, {self.directory} has no tokenizer: give token ids"
-                )
-            return _Input(prompt, self._tokenizer.encode(prompt), salt)
-        return _Input(None, _token_ids(prompt), salt)
-
-    def _read_chat(
-        self,
-        messages: Messages,
-        add_generation_prompt: bool,
-        cache_salt: str | None,
-        options: Mapping[str, Any],
-    ) -> _Input:
-        chat = self.get_tokenizer().encode_chat(messages, add_generation_prompt, **options)
-        return _Input(chat.text, chat.token_ids, cache_salt)
-
-    def _submission(self, read: _Input, params: SamplingParams | None) -> Submission:
-        """A prompt's completions, checked and not yet running."""
-        engine = self._open_engine()
-        params = self.get_default_sampling_params() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequestError(
-                f"sampling_params is a {type(params).__name__}, expected SamplingParams"
-            )
-        prompt_token_ids = read.token_ids
-        kept = params.truncate_prompt_tokens
-        if kept is not None:  # -1: leave room for one new token
-            kept = self.max_model_len - 1 if kept == -1 else kept
-            prompt_token_ids = prompt_token_ids[max(0, len(prompt_token_ids) - kept) :]
-        room = max(1, self.max_model_len - len(prompt_token_ids))  # too long a prompt: see check
-        request_id = str(next(self._ids))
-        metrics = RequestMetrics(arrival_time=time.monotonic())  # of all n together
-        completions = []
-        for index in range(params.n):
-            seed = None if params.seed is None else (params.seed + index) % 2**64
-            own = replace(
-                params,
-                n=1,
-                seed=seed,
-                prompt_logprobs=params.prompt_logprobs if index == 0 else None,
-            )
-            request = Request(
-                request_id=f"{request_id}-{index}" if params.n > 1 else request_id,
-                prompt_token_ids=prompt_token_ids,
-                params=own,
-                max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-                metrics=metrics,
-                eos_token_ids=self._eos_token_ids,
-                bad_words_token_ids=self._bad_words_token_ids(params.bad_words),
-                cache_salt=read.cache_salt,
-            )
-            engine.check(request)
-            completions.append(Completion(index, request, self._tokenizer))
-        return Submission(request_id, read.text, completions)
-
-    def _bad_words_token_ids(self, words: Iterable[str]) -> list[list[int]]:
-        """Each word as it is spelled at the beginning of a text, and after a space."""
-        spelled = [
-            self.get_tokenizer().encode(space + word.lstrip(), add_special_tokens=False)
-            for word in words
-            for space in ("", " ")
-        ]
-        return [token_ids for token_ids in spelled if token_ids]
-
-    # ---- from requests to outputs ----
+    def _submission(
+        self, read: PromptInput, params: SamplingParams | None, priority: int = 0
+    ) -> Submission:
+        return self._text.submission(self._open_engine(), read, params, priority=priority)
 
     def _run(
-        self, inputs: Sequence[_Input], params: Sequence[SamplingParams | None], use_tqdm: bool
+        self, inputs: Sequence[PromptInput], params: Sequence[SamplingParams | None], use_tqdm: bool
     ) -> list[RequestOutput]:
         submissions = [self._submission(*pair) for pair in zip(inputs, params, strict=True)]
         running = list(submissions)
@@ -399,42 +251,22 @@ class LLM:
     def _serving(self, submissions: Sequence[Submission]) -> Iterator[None]:
         """Inside the block the submissions run; however it is left, they are out of the engine."""
         try:
-            self._begin(submissions)
+            for submission in submissions:
+                self._running().begin(submission)
             yield
         finally:
             for submission in submissions:
                 self.withdraw(submission)
 
-    def _begin(self, submissions: Sequence[Submission]) -> None:
-        engine = self._open_engine()
-        for submission in submissions:
-            for completion in submission.completions:
-                self._running[completion.request.request_id] = submission, completion
-                engine.add(completion.request)
+    def _running(self) -> Submissions:
+        if self._submissions is None:
+            raise PaceError("this LLM is closed")
+        return self._submissions
 
     def _open_engine(self) -> Engine:
         if self._engine is None:
             raise PaceError("this LLM is closed")
         return self._engine
-
-
-class _Input(NamedTuple):
-    """A prompt: its text, where it came as text, its token ids, and whom it shares them with."""
-
-    text: str | None
-    token_ids: list[int]
-    cache_salt: str | None
-
-
-def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """One prompt as a list of one; a list as it is."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if not isinstance(prompts, Sequence | np.ndarray) or getattr(prompts, "ndim", 1) == 0:
-        raise InvalidRequestError(f"prompts is a {type(prompts).__name__}, expected a list")
-    if len(prompts) and not isinstance(prompts[0], str | Mapping | Sequence | np.ndarray):
-        return [prompts]  # type: ignore[list-item]  # token ids
-    return prompts  # type: ignore[return-value]
 
 
 def _one_each(params: Sampling, num: int) -> Sequence[SamplingParams | None]:
@@ -449,36 +281,6 @@ def _one_each(params: Sampling, num: int) -> Sequence[SamplingParams | None]:
     if len(params) != num:
         raise InvalidRequestError(f"{len(params)} sampling_params for {num} prompts")
     return params
-
-
-def _token_ids(found: Iterable[object]) -> list[int]:
-    """Any integers, NumPy's too, as ints; whether the model knows them is the engine's to say."""
-    if isinstance(found, bytes | str):
-        raise InvalidRequestError(f"token ids are {type(found).__name__}, expected integers")
-    try:
-        return [operator.index(token_id) for token_id in found]  # type: ignore[arg-type]
-    except TypeError as error:
-        raise InvalidRequestError(f"a prompt of token ids holds something else: {error}") from None
-
-
-def _eos_token_ids(checkpoint: Checkpoint, vocab_size: int) -> frozenset[int]:
-    """End tokens as the configuration has them, for a model without tokenizer."""
-    for name, values in (
-        ("generation_config.json", checkpoint.generation_config),
-        ("config.json", checkpoint.config),
-    ):
-        found = token_ids_field(checkpoint.directory / name, values, "eos_token_id", vocab_size)
-        if found:
-            return frozenset(found)
-    return frozenset()
-
-
-def _open_tokenizer(config: EngineConfig, directory: Path) -> Tokenizer | None:
-    """None for a model without one; an option that names one must lead to one."""
-    if config.tokenizer is not None:
-        return Tokenizer.from_directory(hub.resolve(config.tokenizer, config.revision))
-    has_one = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    return Tokenizer.from_directory(directory) if has_one else None
 
 
 def _rates(submissions: Sequence[Submission], started: float) -> str:

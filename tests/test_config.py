@@ -50,6 +50,9 @@ def test_auto_dtype_is_bfloat16():
         ("max_num_seqs", None),
         ("max_num_batched_tokens", -5),
         ("max_num_batched_tokens", 2.5),
+        ("long_prefill_token_threshold", -1),
+        ("long_prefill_token_threshold", None),
+        ("scheduling_policy", "lifo"),
         ("max_model_len", 0),
         ("max_model_len", True),
         ("kv_cache_memory_bytes", 0),
@@ -69,6 +72,12 @@ def test_a_value_that_cannot_be_meant(field, value):
 def test_a_budget_below_one_token_per_request():
     with pytest.raises(ConfigError, match=r"max_num_batched_tokens \(8\) .* max_num_seqs \(9\)"):
         EngineConfig(max_num_batched_tokens=8, max_num_seqs=9)
+
+
+def test_a_prompt_that_runs_whole_has_no_longest_chunk():
+    assert EngineConfig(long_prefill_token_threshold=64).long_prefill_token_threshold == 64
+    with pytest.raises(ConfigError, match="threshold is 64, expected 0 where enable_chunked_pre"):
+        EngineConfig(long_prefill_token_threshold=64, enable_chunked_prefill=False)
 
 
 def test_only_the_paged_cache_shares_beginnings():

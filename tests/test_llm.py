@@ -36,7 +36,7 @@ def assert_idle(llm):
     cache = llm._engine._cache
     cache.check()
     assert cache.num_free_tokens == cache.num_total_tokens
-    assert llm._engine.num_unfinished == 0 and not llm._running
+    assert llm._engine.num_unfinished == 0 and not llm._submissions
 
 
 def generate(llm, prompts, params=GREEDY):
@@ -403,7 +403,7 @@ def test_a_model_without_tokenizer_takes_and_gives_token_ids(partial_model, llm)
         (output,) = generate(bare, [ids])
         assert output.outputs[0].token_ids == generate(llm, [ids])[0].outputs[0].token_ids
         assert output.outputs[0].text == ""
-        assert bare._eos_token_ids == {1, 2}
+        assert bare._text.eos_token_ids == {1, 2}
         with pytest.raises(InvalidRequestError, match="has no tokenizer: give token ids"):
             generate(bare, STORY)
         with pytest.raises(InvalidRequestError, match="stop strings need a tokenizer"):

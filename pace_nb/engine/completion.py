@@ -46,6 +46,8 @@ class Completion:
         self._checker = StopChecker(params, decoder)
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self._cumulative_logprob = 0.0
+        self._prompt_logprobs: list[TokenLogprobs | None] = []
         self._stop_reason: int | str | None = None
         self._told = (0, 0, False)  # tokens, texts and whether the end were in news()
 
@@ -56,11 +58,12 @@ class Completion:
             result = self._checker.push(new_token_ids, request.finish_reason, request.stop_reason)
             if self._logprobs is not None and request.logprobs is not None:
                 start = len(self._logprobs)
-                for entries in request.logprobs[start : start + result.num_kept]:
+                found = request.logprobs[start : start + result.num_kept]
+                for token_id, entries in zip(new_token_ids, found, strict=False):
                     self._logprobs.append(self._decoded(entries))
+                    self._cumulative_logprob += entries[token_id].logprob
         except Exception as error:
-            self.finish_reason = "error"
-            self._stop_reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self.fail(f"{type(error).__name__}: {error}")
             return
         self.token_ids += new_token_ids[: result.num_kept]
         if result.text:
@@ -68,6 +71,10 @@ class Completion:
         self.finish_reason, self._stop_reason = result.finish_reason, result.stop_reason
         if request.error is not None:
             self._stop_reason = request.error
+
+    def fail(self, reason: str) -> None:
+        """End it with "error"."""
+        self.finish_reason, self._stop_reason = "error", " ".join(reason.split())
 
     def output(self) -> CompletionOutput:
         """All of it, so far."""
@@ -87,7 +94,10 @@ class Completion:
         found = self.request.prompt_logprobs
         if found is None:
             return None
-        return [None if entries is None else self._decoded(entries) for entries in found]
+        told = self._prompt_logprobs  # decoded once, not once per piece of news
+        del told[len(found) :]
+        told += [None if one is None else self._decoded(one) for one in found[len(told) :]]
+        return told
 
     def _output(self, first_token: int, first_text: int) -> CompletionOutput:
         """What came after so many tokens and pieces of text."""
@@ -96,15 +106,11 @@ class Completion:
             index=self._index,
             text="".join(self._texts[first_text:]),
             token_ids=self.token_ids[first_token:],
-            cumulative_logprob=None if logprobs is None else self._cumulative(logprobs),
+            cumulative_logprob=None if logprobs is None else self._cumulative_logprob,
             logprobs=None if logprobs is None else logprobs[first_token:],
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
         )
-
-    def _cumulative(self, logprobs: Sequence[TokenLogprobs]) -> float:
-        pairs = zip(logprobs, self.token_ids, strict=True)
-        return sum(entries[token_id].logprob for entries, token_id in pairs)
 
     def _decoded(self, entries: TokenLogprobs) -> TokenLogprobs:
         """The same with each token as text, where there is a tokenizer."""
@@ -119,15 +125,16 @@ class Completion:
 class Submission:
     """One prompt with its n completions.
 
-    text: the prompt as text, where it came as text.
+    request_id: how it is called in outputs. text: the prompt as text, where it came as text.
     """
 
     def __init__(
         self, request_id: str, text: str | None, completions: Sequence[Completion]
     ) -> None:
+        self.request_id = request_id
         self.completions = completions
-        self._request_id = request_id
         self._text = text
+        self._prompt_token_ids = list(completions[0].request.prompt_token_ids)
 
     @property
     def finished(self) -> bool:
@@ -147,9 +154,9 @@ class Submission:
     def _with(self, outputs: list[CompletionOutput]) -> RequestOutput:
         first = self.completions[0]
         return RequestOutput(
-            request_id=self._request_id,
+            request_id=self.request_id,
             prompt=self._text,
-            prompt_token_ids=list(first.request.prompt_token_ids),
+            prompt_token_ids=self._prompt_token_ids,
             prompt_logprobs=first.prompt_logprobs(),
             outputs=outputs,
             finished=self.finished,

@@ -14,6 +14,7 @@ What fails, fails alone:
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,7 +25,7 @@ from pace_nb.engine.request import Request
 from pace_nb.engine.sampler import Sampled, Sampler
 from pace_nb.engine.scheduler import Scheduled, Scheduler
 from pace_nb.engine.stopping import check_tokens
-from pace_nb.errors import InvalidRequestError
+from pace_nb.errors import InvalidRequestError, WrongThreadError
 from pace_nb.kv_cache.base import KVCache
 from pace_nb.outputs import FinishReason
 
@@ -56,7 +57,11 @@ class EngineLoad(NamedTuple):
 
 
 class Engine:
-    """Serves requests with one model and one KV cache. Not thread-safe.
+    """Serves requests with one model and one KV cache.
+
+    The first thread that calls `step` or `forward` owns it: from then on they, `add` and `abort`
+    raise WrongThreadError in any other (`EngineThread` takes calls from all). `check`, which looks
+    at nothing that changes, may be called from anywhere.
 
     max_model_len: the longest sequence, prompt and output together.
     """
@@ -72,9 +77,11 @@ class Engine:
         self._requests: dict[str, Request] = {}  # unfinished
         self._num_arrived = 0
         self._num_step_tokens = 0
+        self._owner: threading.Thread | None = None
 
     def step(self) -> list[Progress]:
         """Bring requests forward by one step; returns those with new tokens or an end."""
+        self._own()
         scheduled = self._scheduler.schedule()
         self._num_step_tokens = sum(one.num_tokens for one in scheduled)
         if not scheduled:
@@ -88,7 +95,10 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Accept a request that `check` accepts; it runs in the steps to come."""
+        self._expect_owner()
         self.check(request)
+        if request.request_id in self._requests or request.request_id == FORWARD_ID:
+            raise InvalidRequestError(f"request id {request.request_id!r} is taken")
         request.arrival = self._num_arrived
         self._num_arrived += 1
         if request.params.seed is None:
@@ -101,8 +111,6 @@ class Engine:
     def check(self, request: Request) -> None:
         """InvalidRequestError, saying what and by how much, for a request that cannot be served."""
         prompt, params = request.prompt_token_ids, request.params
-        if request.request_id in self._requests or request.request_id == FORWARD_ID:
-            raise InvalidRequestError(f"request id {request.request_id!r} is taken")
         if not prompt:
             raise InvalidRequestError("the prompt is empty, expected at least one token")
         self.check_token_ids("prompt token id", prompt)
@@ -114,11 +122,17 @@ class Engine:
         if len(prompt) >= self.max_model_len:
             raise InvalidRequestError(
                 f"the prompt has {len(prompt)} tokens, expected at most {self.max_model_len - 1}: "
-                f"prompt and output share a context of {self.max_model_len} (max_model_len)"
+                f"this model's maximum context length is {self.max_model_len} tokens "
+                "(max_model_len), prompt and output together"
             )
         salt = request.cache_salt
         if salt is not None and (not isinstance(salt, str) or not salt):
             raise InvalidRequestError(f"cache_salt is {salt!r}, expected a non-empty string")
+        if request.priority and not self._scheduler.by_priority:
+            raise InvalidRequestError(
+                f"priority is {request.priority}, expected 0: the engine's scheduling_policy is "
+                "'fcfs', not 'priority'"
+            )
         # The last token that is generated is never computed, so it needs no room.
         needed = len(prompt) + request.max_tokens - 1
         if needed > self._cache.num_total_tokens:
@@ -145,6 +159,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request now, wherever it is, and give its room back; unknown ids: nothing."""
+        self._expect_owner()
         request = self._requests.get(request_id)
         if request is not None:
             self._finish(request, "abort")
@@ -160,6 +175,7 @@ class Engine:
                 f"forward got {len(token_ids)} tokens, expected 1 to {self.max_model_len}"
             )
         self.check_token_ids("token id", token_ids)
+        self._own()
         return self._runner.forward(token_ids)
 
     def load(self) -> EngineLoad:
@@ -180,6 +196,23 @@ class Engine:
     def num_unfinished(self) -> int:
         """Requests that wait or run."""
         return len(self._requests)
+
+    def _own(self) -> None:
+        """Kernels are launched by one thread: OpenMP would start another pool for a second one, and
+        Numba's own pool ends the process when two are inside at the same time."""
+        if self._owner is None:
+            self._owner = threading.current_thread()
+            self._runner.use_threads()  # Numba keeps their number for each thread
+        self._expect_owner()
+
+    def _expect_owner(self) -> None:
+        """WrongThreadError outside the thread that owns the engine, once there is one."""
+        if self._owner is not None and self._owner is not (here := threading.current_thread()):
+            raise WrongThreadError(
+                f"the engine was called from thread {here.name!r}, expected {self._owner.name!r}, "
+                "which ran its first step: one thread launches kernels (EngineThread and AsyncLLM "
+                "may be called from any)"
+            )
 
     def _end_stall(self) -> list[Progress]:
         """Nothing could be scheduled: the first in line, if there is one, would wait for ever."""

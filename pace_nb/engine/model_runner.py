@@ -54,10 +54,18 @@ class ModelRunner:
         self._model = model
         self._kernels = config.kernels
         self._max_num_batched_tokens = config.max_num_batched_tokens
+        self._num_threads = config.num_threads
         self.cache = cache
-        if config.num_threads is not None:
+        self.use_threads()
+
+    def use_threads(self) -> None:
+        """Run kernels that the calling thread launches with the config's number of threads.
+
+        Raises ConfigError for more than there are.
+        """
+        if self._num_threads is not None:
             try:
-                jit.set_num_threads(config.num_threads)
+                jit.set_num_threads(self._num_threads)
             except ValueError as error:
                 raise ConfigError(str(error)) from None
 

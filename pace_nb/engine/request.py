@@ -41,6 +41,7 @@ class Request:
         eos_token_ids: The model's end tokens.
         bad_words_token_ids: `params.bad_words` as token ids, one sequence per spelling.
         cache_salt: Its keys and values are shared only with requests of the same salt.
+        priority: Lower runs first, where the engine's scheduling policy is "priority".
         seed: Of its random numbers; set by the engine where `params.seed` is None.
         arrival: Its number in order of arrival, set by the engine.
         token_ids: The prompt, then what was generated.
@@ -61,6 +62,7 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     bad_words_token_ids: Sequence[Sequence[int]] = ()
     cache_salt: str | None = None
+    priority: int = 0
     seed: int = 0
     arrival: int = 0
     status: RequestStatus = RequestStatus.WAITING

@@ -7,22 +7,26 @@ A step has `max_num_batched_tokens` to give away:
 
 1. Running requests first. Those that are behind by one token (they decode) come before those that
    are behind by more (they prefill), so a long prompt never makes the others wait for more than one
-   budget. Within each group the oldest is first.
-2. What is left goes to waiting requests, first come, first served, while fewer than `max_num_seqs`
-   run and the cache has room for all the tokens they have now.
+   budget. Within each group the first in line is first.
+2. What is left goes to waiting requests, in line, while fewer than `max_num_seqs` run and the cache
+   has room for all the tokens they have now.
+
+The line is the order of arrival; with scheduling policy "priority", the order of priority and then
+of arrival.
 
 What the cache has of a request's tokens already, computed for another request with the same
 beginning, counts as computed. It is asked when a request is admitted and again in each step in
 which the request is behind: requests that came together may share what the first of them has
 computed by now.
 
-With chunked prefill a request takes what is left of the budget and goes on in the next step.
-Without it a prompt runs whole or waits, and the first one of a step may exceed the budget.
+With chunked prefill a request takes what is left of the budget, of which one prompt gets no more
+than `long_prefill_token_threshold`, and goes on in the next step. Without it a prompt runs whole or
+waits, and the first one of a step may exceed the budget.
 
-When a running request needs room and there is none, the youngest running request is preempted: it
-gives all its room back, waits at its old place in the line and later computes its tokens anew. The
-oldest is never preempted, and alone it always fits (the engine refuses what never could), so it
-finishes, and then the next is the oldest.
+When a running request needs room and there is none, the running request that is last in line is
+preempted, the least urgent and of those the youngest: it gives all its room back, waits at its old
+place and later computes its tokens anew. The first that runs is never preempted, and alone it
+always fits (the engine refuses what never could), so it finishes, and then the next is the first.
 Source: vLLM v1 (`vllm/v1/core/sched/scheduler.py`).
 """
 
@@ -47,19 +51,24 @@ class Scheduled(NamedTuple):
 
 
 class Scheduler:
-    """Owns the lines of waiting and running requests, both in order of arrival."""
+    """Owns the waiting and the running requests, each in the order of the line.
+
+    by_priority: whether the policy is "priority".
+    """
 
     def __init__(self, config: EngineConfig, cache: KVCache) -> None:
         self._max_num_seqs = config.max_num_seqs
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._chunked_prefill = config.enable_chunked_prefill
+        self._longest_chunk = config.long_prefill_token_threshold  # 0: no bound but the budget
+        self.by_priority = config.scheduling_policy == "priority"
         self._cache = cache
         self.waiting: list[Request] = []
         self.running: list[Request] = []
 
     def add(self, request: Request) -> None:
-        """Put a new request at the end of the line."""
-        insort(self.waiting, request, key=_arrival)
+        """Put a new request into the line."""
+        insort(self.waiting, request, key=self._place)
 
     def schedule(self) -> list[Scheduled]:
         """Share out one step's budget.
@@ -78,7 +87,7 @@ class Scheduler:
         for request in sorted(self.running, key=lambda request: request.num_behind > 1):
             num_tokens = self._share(request, budget, scheduled)
             # A request that prefills has its room by now. So only the decoding ones may preempt, in
-            # order of age: their victims are not scheduled yet.
+            # the order of the line: their victims are not scheduled yet.
             if num_tokens and self._make_room(request):
                 scheduled.append(Scheduled(request, num_tokens))
                 budget -= num_tokens
@@ -90,7 +99,7 @@ class Scheduler:
             if not num_tokens or not self._cache.allocate(request.request_id, request.num_tokens):
                 self._begin_anew(request)
                 break
-            self.running.append(self.waiting.pop(0))
+            insort(self.running, self.waiting.pop(0), key=self._place)
             request.status = RequestStatus.RUNNING
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = time.monotonic()
@@ -110,8 +119,10 @@ class Scheduler:
     def _share(self, request: Request, budget: int, scheduled: list[Scheduled]) -> int:
         """Tokens the request gets of what is left of the budget; 0 = it has to wait."""
         wanted = request.num_behind
-        if wanted <= budget or self._chunked_prefill:
-            return min(wanted, max(budget, 0))
+        if self._chunked_prefill:
+            return min(wanted, max(budget, 0), self._longest_chunk or wanted)
+        if wanted <= budget:
+            return wanted
         return 0 if any(num_tokens > 1 for _, num_tokens in scheduled) else wanted
 
     def _reuse(self, request: Request) -> None:
@@ -138,7 +149,7 @@ class Scheduler:
         self._begin_anew(request)
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
-        insort(self.waiting, request, key=_arrival)
+        insort(self.waiting, request, key=self._place)
 
     def _begin_anew(self, request: Request) -> None:
         """Take all the room of a request: nothing of it is computed any more."""
@@ -147,6 +158,6 @@ class Scheduler:
         if not request.num_generated_tokens:
             request.num_cached_tokens = 0
 
-
-def _arrival(request: Request) -> int:
-    return request.arrival
+    def _place(self, request: Request) -> tuple[int, int]:
+        """Where in the line it stands: the lowest comes first."""
+        return (request.priority if self.by_priority else 0, request.arrival)

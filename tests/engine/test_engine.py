@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, event, given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from pace_nb.config import KV_CACHE_KINDS
 from pace_nb.engine.engine import Engine
-from pace_nb.errors import InvalidRequestError, OutOfMemoryError
+from pace_nb.errors import InvalidRequestError, OutOfMemoryError, WrongThreadError
 from pace_nb.kv_cache import paged
 from pace_nb.kv_cache.base import UNIT
 
@@ -649,6 +651,74 @@ def test_forward_refuses_what_it_cannot_take(scripted):
     with pytest.raises(OutOfMemoryError, match="for 65 tokens, free are 64 of 64"):
         setup.engine.forward([1] * 65)
     setup.expect_idle()
+
+
+def test_priorities_are_for_the_policy_that_heeds_them(scripted):
+    setup = scripted.setup()
+    urgent = scripted.request("a", [1])
+    urgent.priority = -1
+    with pytest.raises(InvalidRequestError, match=r"priority is -1, expected 0: .* 'fcfs'"):
+        setup.engine.add(urgent)
+    setup = scripted.setup(scheduling_policy="priority")
+    setup.run(urgent)
+
+
+@quick
+@given(
+    specifications=REQUESTS,
+    options=engine_options(),
+    priorities=st.lists(st.integers(-1, 1), min_size=6, max_size=6),
+    threshold=st.integers(0, 20),
+)
+def test_priorities_and_chunk_bounds_change_nobodys_tokens(
+    scripted, specifications, options, priorities, threshold
+):
+    if options["enable_chunked_prefill"]:
+        options["long_prefill_token_threshold"] = threshold
+    setup = scripted.setup(scheduling_policy="priority", **options)
+    requests = build(scripted, specifications)
+    for request, priority in zip(requests, priorities, strict=False):
+        request.priority = priority
+
+    def first_runs_on(step):
+        places = [(request.priority, request.arrival) for request in running]
+        assert places == sorted(places)
+
+    running = setup.engine._scheduler.running
+    run_as_they_arrive(setup, requests, specifications, first_runs_on)
+    assert [scripted.result(request) for request in requests] == alone(scripted, specifications)
+
+
+def test_one_thread_launches_kernels(scripted):
+    """The first that steps owns the engine; before, any may add."""
+    setup = scripted.setup()
+    request = scripted.request("a", [1], ignore_eos=True)
+    caught = []
+
+    def elsewhere(call, *arguments):
+        def attempt():
+            try:
+                call(*arguments)
+            except WrongThreadError as error:
+                caught.append(str(error))
+
+        thread = threading.Thread(target=attempt, name="other")
+        thread.start()
+        thread.join()
+        return len(caught)
+
+    assert elsewhere(setup.engine.add, request) == 0
+    setup.step()
+    assert elsewhere(setup.engine.step) == 1
+    assert elsewhere(setup.engine.forward, [1]) == 2
+    assert elsewhere(setup.engine.abort, "a") == 3
+    assert elsewhere(setup.engine.add, scripted.request("b", [1])) == 4
+    assert elsewhere(setup.engine.check, scripted.request("b", [1])) == 4
+    assert set(caught) == {
+        "the engine was called from thread 'other', expected 'MainThread', which ran its first "
+        "step: one thread launches kernels (EngineThread and AsyncLLM may be called from any)"
+    }
+    setup.run()
 
 
 def test_many_requests_leave_nothing_behind(scripted):

@@ -141,6 +141,59 @@ def test_the_first_schedule_is_noted_once(make):
     assert b.metrics.first_scheduled_time == times[1]
 
 
+def test_one_long_prompt_gets_no_more_than_the_threshold(make):
+    options = {"max_num_batched_tokens": 20, "max_num_seqs": 4, "long_prefill_token_threshold": 8}
+    scheduler, _ = make(30, 7, 9, **options)
+    assert turn(scheduler) == {"a": 8, "b": 7, "c": 5}
+    assert list(turn(scheduler).items()) == [("b", 1), ("a", 8), ("c", 4)]
+
+
+# ---- priorities ----------------------------------------------------------------------------------
+def prioritised(make, priorities, *lengths, **options):
+    scheduler, requests = make(*lengths, scheduling_policy="priority", **options)
+    scheduler.waiting.clear()
+    for request, priority in zip(requests, priorities, strict=True):
+        request.priority = priority
+        scheduler.add(request)
+    return scheduler, requests
+
+
+def test_the_most_urgent_goes_first_and_then_the_oldest(make):
+    scheduler, _ = prioritised(make, [5, -1, 5, 0], 4, 4, 4, 4, max_num_seqs=3)
+    assert list(turn(scheduler)) == ["b", "d", "a"]
+    assert [request.request_id for request in scheduler.running] == ["b", "d", "a"]
+
+
+def test_priorities_count_for_nothing_where_the_policy_is_fcfs(make):
+    scheduler, requests = make(4, 4, 4, max_num_seqs=2)
+    requests[2].priority = -9
+    assert list(turn(scheduler)) == ["a", "b"]
+
+
+def test_the_least_urgent_and_of_those_the_youngest_gives_way(make):
+    scheduler, (a, b, c) = prioritised(
+        make, [1, 0, 1], UNIT, UNIT, UNIT, num_units=4, max_num_seqs=3
+    )
+    assert turn(scheduler) == {"a": UNIT, "b": UNIT, "c": UNIT}
+    assert list(turn(scheduler).items()) == [("b", 1), ("a", 1)]  # both needed a unit; one was free
+    assert [one.num_preemptions for one in (a, b, c)] == [0, 0, 1]
+    for _ in range(UNIT):
+        turn(scheduler)
+    assert (a.num_preemptions, b.num_preemptions) == (1, 0)  # the older, but less urgent
+    assert scheduler.running == [b] and scheduler.waiting == [a, c]
+
+
+def test_a_more_urgent_request_does_not_stop_one_that_runs(make):
+    """As in vLLM: it goes before all that wait, and takes room only when it runs."""
+    scheduler, (a, b) = prioritised(make, [3, 0], 2 * UNIT, 3 * UNIT, num_units=4)
+    scheduler.waiting.remove(b)
+    assert turn(scheduler) == {"a": 2 * UNIT}
+    scheduler.add(b)
+    assert turn(scheduler) == {"a": 1}
+    scheduler.finish(a)
+    assert turn(scheduler) == {"b": 3 * UNIT}
+
+
 # ---- what the cache has already (all prompts are of the same token, so they begin alike) ---------
 def test_what_the_cache_has_takes_nothing_of_the_budget(make):
     scheduler, requests = make(40, 40, 60, kind="paged", max_num_batched_tokens=42, max_num_seqs=4)

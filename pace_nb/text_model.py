@@ -1,0 +1,205 @@
+"""`TextModel`: a model that was opened, seen from the side of text.
+
+Knows what turns a prompt into a `Submission`: the tokenizer, the end tokens, the sampling that the
+model suggests, the context's length. `open_model` opens it together with its `Engine`. Does not
+know when steps run, or what becomes of a submission. `LLM` and `AsyncLLM` stand on it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from pace_nb.config import EngineConfig
+from pace_nb.engine.completion import Completion, Submission
+from pace_nb.engine.engine import Engine
+from pace_nb.engine.request import Request
+from pace_nb.errors import ConfigError, InvalidRequestError, ModelFormatError
+from pace_nb.kv_cache import create_cache
+from pace_nb.kv_cache.budget import cache_budget
+from pace_nb.models import hub
+from pace_nb.models.loader import Checkpoint
+from pace_nb.models.registry import load_model
+from pace_nb.outputs import RequestMetrics
+from pace_nb.prompts import PromptInput, PromptReader
+from pace_nb.sampling_params import SamplingParams
+from pace_nb.tokenizer import Tokenizer, token_ids_field
+
+# generation_config.json -> SamplingParams. Like vLLM, do_sample is not looked at.
+GENERATION_DEFAULTS = {
+    "repetition_penalty": "repetition_penalty",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+}
+
+
+class TextModel:
+    """Makes submissions for one engine. May be called from any thread.
+
+    Attributes:
+        config: EngineConfig.
+        directory: Where the model lies.
+        tokenizer: None where it has none.
+        prompts: PromptReader.
+        eos_token_ids: Ids that end a text.
+        max_model_len: Longest sequence, prompt and output together.
+        kv_cache_arithmetic: How the size of the KV cache came about, in one line.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        directory: Path,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: frozenset[int],
+        generation_config: Mapping[str, Any],
+        kv_cache_arithmetic: str,
+        engine: Engine,
+    ) -> None:
+        self.config = config
+        self.directory = directory
+        self.tokenizer = tokenizer
+        self.prompts = PromptReader(tokenizer, directory)
+        self.eos_token_ids = eos_token_ids
+        self.max_model_len = engine.max_model_len
+        self.kv_cache_arithmetic = kv_cache_arithmetic
+        self._generation_config = generation_config
+        self._ids = itertools.count()
+
+    def suggested_sampling(self) -> dict[str, Any]:
+        """Fields of SamplingParams that the model's generation_config.json names."""
+        return {
+            name: self._generation_config[theirs]
+            for theirs, name in GENERATION_DEFAULTS.items()
+            if self._generation_config.get(theirs) is not None
+        }
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What the model suggests; vLLM's defaults for the rest."""
+        try:
+            return SamplingParams(**self.suggested_sampling())
+        except InvalidRequestError as error:
+            raise ModelFormatError(f"{self.directory}/generation_config.json: {error}") from error
+
+    def submission(
+        self,
+        engine: Engine,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> Submission:
+        """A prompt's completions, checked against the engine and not yet running.
+
+        params: None is `default_sampling_params`. request_id: how outputs call it; None is a
+        number. Raises InvalidRequestError where it cannot be served.
+        """
+        params = self.default_sampling_params() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(
+                f"sampling_params is a {type(params).__name__}, expected SamplingParams"
+            )
+        prompt_token_ids = prompt.token_ids
+        kept = params.truncate_prompt_tokens
+        if kept is not None:  # -1: leave room for one new token
+            kept = self.max_model_len - 1 if kept == -1 else kept
+            prompt_token_ids = prompt_token_ids[max(0, len(prompt_token_ids) - kept) :]
+        room = max(1, self.max_model_len - len(prompt_token_ids))  # too long a prompt: see check
+        number = str(next(self._ids))  # names it in the engine, whatever the caller calls it
+        metrics = RequestMetrics(arrival_time=time.monotonic())  # of all n together
+        completions = []
+        for index in range(params.n):
+            seed = None if params.seed is None else (params.seed + index) % 2**64
+            own = replace(
+                params,
+                n=1,
+                seed=seed,
+                prompt_logprobs=params.prompt_logprobs if index == 0 else None,
+            )
+            request = Request(
+                request_id=f"{number}-{index}" if params.n > 1 else number,
+                prompt_token_ids=prompt_token_ids,
+                params=own,
+                max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+                metrics=metrics,
+                eos_token_ids=self.eos_token_ids,
+                bad_words_token_ids=self.prompts.spell(params.bad_words),
+                cache_salt=prompt.cache_salt,
+                priority=priority,
+            )
+            engine.check(request)
+            completions.append(Completion(index, request, self.tokenizer))
+        return Submission(number if request_id is None else request_id, prompt.text, completions)
+
+    def close(self) -> None:
+        """End the process that renders chat templates, if one runs."""
+        if self.tokenizer is not None:
+            self.tokenizer.close()
+
+
+def engine_config(owner: str, model: str | Path | None, options: Mapping[str, Any]) -> EngineConfig:
+    """The config of what `owner` was given. ConfigError for an option that there is not."""
+    known = [field.name for field in fields(EngineConfig)]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"{owner} has no option {name!r}, expected {', '.join(known)}")
+    return EngineConfig(model=model, **options)
+
+
+def open_model(config: EngineConfig) -> tuple[TextModel, Engine]:
+    """Find, read and pack a model, size its KV cache, and make its engine.
+
+    Raises PaceError, of the kind that fits, when options, files or memory are not as they must be.
+    """
+    directory = hub.resolve(config.model, config.revision)
+    with Checkpoint.open(directory) as checkpoint:
+        loaded = load_model(checkpoint, config.storage_dtype)
+        generation_config = checkpoint.generation_config
+        eos_token_ids = _eos_token_ids(checkpoint, loaded.vocab_size)
+    tokenizer = _open_tokenizer(config, directory)
+    if tokenizer is not None:
+        eos_token_ids = tokenizer.eos_token_ids
+
+    max_model_len = loaded.max_position_embeddings
+    if config.max_model_len is not None:
+        if config.max_model_len > max_model_len:
+            raise ConfigError(
+                f"max_model_len is {config.max_model_len}, the model was made for at most "
+                f"{max_model_len} (max_position_embeddings)"
+            )
+        max_model_len = config.max_model_len
+    stored = loaded.kv_cache_config(config.storage_dtype)
+    budget = cache_budget(config, stored, max_model_len)
+    engine = Engine(loaded, create_cache(stored, budget.cache), config, budget.cache.max_model_len)
+    text = TextModel(
+        config, directory, tokenizer, eos_token_ids, generation_config, budget.arithmetic, engine
+    )
+    return text, engine
+
+
+def _eos_token_ids(checkpoint: Checkpoint, vocab_size: int) -> frozenset[int]:
+    """End tokens as the configuration has them, for a model without tokenizer."""
+    for name, values in (
+        ("generation_config.json", checkpoint.generation_config),
+        ("config.json", checkpoint.config),
+    ):
+        found = token_ids_field(checkpoint.directory / name, values, "eos_token_id", vocab_size)
+        if found:
+            return frozenset(found)
+    return frozenset()
+
+
+def _open_tokenizer(config: EngineConfig, directory: Path) -> Tokenizer | None:
+    """None for a model without one; an option that names one must lead to one."""
+    if config.tokenizer is not None:
+        return Tokenizer.from_directory(hub.resolve(config.tokenizer, config.revision))
+    has_one = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    return Tokenizer.from_directory(directory) if has_one else None
