@@ -31,6 +31,7 @@ LLAMA_3 = {
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": {
         "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "vocab_size": 128256,
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -44,8 +45,40 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_scaling": LLAMA_3,
         "tie_word_embeddings": True,
     },
+    "llama-3.2-3b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": LLAMA_3,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": LLAMA_3 | {"factor": 8.0},
+        "tie_word_embeddings": False,
+    },
     "qwen2-1.5b": {
         "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
         "vocab_size": 151936,
         "hidden_size": 1536,
         "intermediate_size": 8960,
@@ -59,6 +92,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "gemma-3-1b": {
         "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
         "vocab_size": 262144,
         "hidden_size": 1152,
         "intermediate_size": 6912,
@@ -76,6 +110,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "opt-1.3b": {
         "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
         "vocab_size": 50272,
         "hidden_size": 2048,
         "word_embed_proj_dim": 2048,
@@ -88,6 +123,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "phi-4-mini": {
         "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
         "vocab_size": 200064,
         "hidden_size": 3072,
         "intermediate_size": 8192,
@@ -108,8 +144,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-# A config may not name more layers than there are tensors; here there is no file yet to count.
-ANY_NAMES = [str(i) for i in range(10_000)]
+# A config may not name more layers than there are tensors, nor an untied head that is not there;
+# here there is no file yet to look into.
+ANY_NAMES = [*(str(i) for i in range(10_000)), "lm_head.weight"]
 BLOCK = 1 << 22  # random numbers drawn once and repeated: their values do not matter
 
 

@@ -8,7 +8,9 @@ Knows the result schema and the two markers in the README. Measures nothing.
 A result file holds {"bench": name, "machine": {key: value}, "preempted": how often the scheduler
 took a CPU away meanwhile, "rows": [{"case", "value", "unit", "limit", "limit_unit", "share"}]}:
 `limit` was measured in the same process, `share` is how much of it was reached (1.0 is all). A
-table is never typed by hand, so it cannot drift from the files.
+table is never typed by hand, so it cannot drift from the files. `peers.json` has another form and a
+table of its own: {"engines": {name: facts}, "cases": [{"case", "unit", "median": {engine: value},
+"ratio": {peer: median over rounds of pace_nb against it}}]} (bench/peers/compare.py).
 """
 
 from __future__ import annotations
@@ -37,9 +39,10 @@ def circumstances(record: dict[str, Any]) -> str:
 
 def render(results: Path) -> str:
     """The Markdown between the marks, for every `*.json` in `results` (by file name)."""
-    records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    if not records:
+    read = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    if not read:
         return "No results have been recorded yet; `make bench` records them."
+    records = [record for record in read if "rows" in record]
     lines = [
         "| bench | case | measured | limit, same process | share |",
         "|---|---|---:|---:|---:|",
@@ -50,7 +53,28 @@ def render(results: Path) -> str:
                 f"| {record['bench']} | {row['case']} | {number(row['value'])} {row['unit']} "
                 f"| {number(row['limit'])} {row['limit_unit']} | {row['share']:.0%} |"
             )
-    return "\n".join([*lines, "", *(f"- {circumstances(record)}" for record in records)])
+    if not records:
+        lines = []
+    tables = [peers_table(record) for record in read if "engines" in record]
+    return "\n".join([*tables, *lines, "", *(f"- {circumstances(record)}" for record in records)])
+
+
+def peers_table(record: dict[str, Any]) -> str:
+    """pace_nb and other engines, in the order of the file, with what they run on below."""
+    engines = record["engines"]
+    ratios = [name for name in engines if name != "pace_nb"] + ["best peer"]
+    columns = [*engines, *(f"to {name}" for name in ratios)]
+    lines = [
+        f"| {record['checkpoint']} | {' | '.join(columns)} |",
+        "|---" + "|---:" * len(columns) + "|",
+    ]
+    for row in record["cases"]:
+        medians = [number(row["median"][n]) if n in row["median"] else "" for n in engines]
+        found = row.get("ratio", {})
+        shares = [f"{found[n]:.2f}" if n in found else "" for n in ratios]
+        lines.append(f"| {row['case']}, {row['unit']} | {' | '.join(medians + shares)} |")
+    versions = [f"{name} is {facts['version']}" for name, facts in engines.items()]
+    return "\n".join([*lines, "", f"- {circumstances(record)}; {'; '.join(versions)}", ""])
 
 
 def replaced(readme: str, table: str) -> str:

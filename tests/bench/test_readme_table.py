@@ -41,6 +41,38 @@ def test_rows_come_in_order_of_files(tmp_path):
     assert lines[-1] == "- norm: cpu EPYC, threads 2, preempted 3 times during the run"
 
 
+PEERS = {
+    "bench": "peers",
+    "machine": {"cpu": "EPYC", "threads": 2},
+    "preempted": 3,
+    "checkpoint": "llama-3.2-1b",
+    "engines": {"pace_nb": {"version": "pace_nb 1"}, "other": {"version": "other 2"}},
+    "cases": [
+        {
+            "case": "decode batch 1",
+            "unit": "tok/s",
+            "median": {"pace_nb": 15.04, "other": 12.0},
+            "ratio": {"other": 1.254, "best peer": 1.254},
+        },
+        {"case": "peak RSS", "unit": "GB", "median": {"pace_nb": 3.0}},
+    ],
+}
+
+
+def test_peers_have_a_table_of_their_own(tmp_path):
+    write(tmp_path, peers=PEERS, norm=record("norm"))
+    lines = readme_table.render(tmp_path).splitlines()
+    assert lines[0] == "| llama-3.2-1b | pace_nb | other | to other | to best peer |"
+    assert lines[2] == "| decode batch 1, tok/s | 15 | 12 | 1.25 | 1.25 |"
+    assert lines[3] == "| peak RSS, GB | 3 |  |  |  |"
+    assert lines[5].endswith(
+        "preempted 3 times during the run; pace_nb is pace_nb 1; other is other 2"
+    )
+    assert sum(line.startswith("| bench | case |") for line in lines) == 1
+    assert sum(line.startswith("- norm: ") for line in lines) == 1
+    assert not any(line.startswith("- peers: ") for line in lines[6:])
+
+
 def test_without_results_it_says_so(tmp_path):
     assert readme_table.render(tmp_path).startswith("No results have been recorded yet")
 
