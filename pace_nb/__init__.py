@@ -1,8 +1,8 @@
 """LLM inference on CPUs from NumPy and Numba.
 
-The public names are `LLM`, `SamplingParams`, `EngineConfig` and `__version__`. Each is imported on
-first use: `import pace_nb` alone loads neither NumPy nor Numba, so `pace-nb --help` and a script
-that only asks for the version stay quick.
+The public names are `LLM`, `AsyncLLM`, `SamplingParams`, `RequestOutputKind`, `EngineConfig` and
+`__version__`. Each is imported on first use: `import pace_nb` alone loads neither NumPy nor Numba,
+so `pace-nb --help` and a script that only asks for the version stay quick.
 """
 
 from __future__ import annotations
@@ -11,17 +11,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pace_nb.async_llm import AsyncLLM
     from pace_nb.config import EngineConfig
     from pace_nb.llm import LLM
-    from pace_nb.sampling_params import SamplingParams
+    from pace_nb.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["LLM", "SamplingParams", "EngineConfig", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "SamplingParams",
+    "RequestOutputKind",
+    "EngineConfig",
+    "__version__",
+]
 
 _HOME = {
     "LLM": "pace_nb.llm",
+    "AsyncLLM": "pace_nb.async_llm",
     "SamplingParams": "pace_nb.sampling_params",
+    "RequestOutputKind": "pace_nb.sampling_params",
     "EngineConfig": "pace_nb.config",
 }
 

@@ -1,14 +1,14 @@
 """What a request gives back: texts, token ids, log-probabilities, why it ended, how long it took.
 
-Plain records in vLLM's names. They know nothing of how they came about; the engine and the text
-front doors fill them.
+Plain records in vLLM's names, and how pieces of one are joined. They know nothing of how they came
+about; the engine and the text front doors fill them.
 
 Source: vLLM `vllm/outputs.py`, `vllm/logprobs.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -64,6 +64,20 @@ class CompletionOutput:
         """True once there is a finish reason."""
         return self.finish_reason is not None
 
+    def add(self, later: CompletionOutput) -> None:
+        """Append the piece of the same completion that follows this one."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        if self.logprobs is not None and later.logprobs is not None:
+            self.logprobs += later.logprobs
+        self.cumulative_logprob = later.cumulative_logprob
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+
+    def copy(self) -> CompletionOutput:
+        """One that later pieces do not change."""
+        logprobs = None if self.logprobs is None else list(self.logprobs)
+        return replace(self, token_ids=list(self.token_ids), logprobs=logprobs)
+
 
 @dataclass(slots=True)
 class RequestMetrics:
@@ -115,3 +129,20 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
+
+    def add(self, later: RequestOutput) -> None:
+        """Append the news of the same request that follows these, so that two become one."""
+        own = {completion.index: completion for completion in self.outputs}
+        for completion in later.outputs:
+            if completion.index in own:
+                own[completion.index].add(completion)
+            else:
+                self.outputs.append(completion)
+        self.outputs.sort(key=lambda completion: completion.index)
+        self.prompt_logprobs = later.prompt_logprobs
+        self.finished = later.finished
+        self.num_cached_tokens, self.metrics = later.num_cached_tokens, later.metrics
+
+    def copy(self) -> RequestOutput:
+        """One that later news do not change."""
+        return replace(self, outputs=[completion.copy() for completion in self.outputs])

@@ -4,7 +4,7 @@ Knows the names, defaults and legal ranges (vLLM's names, so that code and habit
 not know a vocabulary, a model or a context length: token ids against `vocab_size` and prompt
 lengths against `max_model_len` are checked where those are known, at the engine's front.
 
-vLLM's `output_kind`, `structured_outputs`, `extra_args` and `spaces_between_special_tokens` are
+vLLM's `structured_outputs`, `extra_args` and `spaces_between_special_tokens` are
 absent: an option that would be ignored is worse than one that is refused by name.
 
 Source: vLLM `vllm/sampling_params.py`; the caps keep one request's cost bounded.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from numbers import Integral, Real
 from typing import Final, NoReturn
 
@@ -35,6 +36,14 @@ MAX_TEMPERATURE: Final = 1e6  # beyond it a float32 temperature may be inf, and 
 MAX_TOKEN_ID: Final = 2**31 - 1  # token ids travel as int32
 MAX_TOKENS: Final = 2**31 - 1
 MAX_SEED: Final = 2**64 - 1
+
+
+class RequestOutputKind(Enum):
+    """What each output of a stream holds: all so far, what is new, or one output, at the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +83,8 @@ class SamplingParams:
         bad_words: Strings whose token sequences must not be generated. At most 128.
         truncate_prompt_tokens: Keep only the last so many prompt tokens; -1 keeps what the context
             holds. None refuses a prompt that is too long.
+        output_kind: What the outputs of `AsyncLLM` hold. Elsewhere the method says: `generate` and
+            `chat` of `LLM` give the final output, its streams what is new.
 
     Raises:
         InvalidRequestError: naming the field, the value and what was expected, in one line.
@@ -102,6 +113,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] = ()
     truncate_prompt_tokens: int | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         self._store("n", _integer("n", self.n, 1, MAX_N))
@@ -155,6 +167,8 @@ class SamplingParams:
         ):
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, getattr(self, name), "true or false")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            _refuse("output_kind", self.output_kind, "a RequestOutputKind")
         if self.stop and not self.detokenize:
             _refuse("detokenize", self.detokenize, "true where stop strings are given")
 

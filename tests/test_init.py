@@ -11,14 +11,15 @@ import pace_nb
 
 
 def test_every_public_name_exists():
+    from pace_nb.async_llm import AsyncLLM
     from pace_nb.config import EngineConfig
     from pace_nb.llm import LLM
-    from pace_nb.sampling_params import SamplingParams
+    from pace_nb.sampling_params import RequestOutputKind, SamplingParams
 
-    assert pace_nb.LLM is LLM
-    assert pace_nb.SamplingParams is SamplingParams
-    assert pace_nb.EngineConfig is EngineConfig
-    assert set(pace_nb.__all__) == {"LLM", "SamplingParams", "EngineConfig", "__version__"}
+    public = [LLM, AsyncLLM, SamplingParams, RequestOutputKind, EngineConfig]
+    for value in public:
+        assert getattr(pace_nb, value.__name__) is value
+    assert set(pace_nb.__all__) == {value.__name__ for value in public} | {"__version__"}
     assert set(pace_nb.__all__) <= set(dir(pace_nb))
 
 

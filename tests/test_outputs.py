@@ -53,3 +53,41 @@ def test_the_fields_are_vllms() -> None:
         "stop_reason",
     ]
     assert [f.name for f in dataclasses.fields(Logprob)] == ["logprob", "rank", "decoded_token"]
+
+
+def piece(index: int, text: str, token_ids: list[int], **fields: object) -> CompletionOutput:
+    logprobs = [{i: Logprob(-1.0, 1)} for i in token_ids]
+    return CompletionOutput(index, text, token_ids, -1.0, logprobs, **fields)  # type: ignore[arg-type]
+
+
+def news(*pieces: CompletionOutput, finished: bool = False, cached: int = 0) -> RequestOutput:
+    return RequestOutput("r", "p", [1], None, list(pieces), finished, cached)
+
+
+def test_news_that_follows_is_added_to_what_there_is() -> None:
+    total = news(piece(1, "b", [5]))
+    total.add(news(piece(0, "a", [4]), piece(1, "c", [6, 7])))
+    before = total.copy()
+    last = news(piece(0, "z", [], finish_reason="stop", stop_reason="!"), finished=True, cached=3)
+    last.prompt_logprobs = [None]
+    last.outputs[0].cumulative_logprob = -9.0
+    total.add(last)
+
+    first, second = total.outputs
+    assert (first.index, first.text, first.token_ids) == (0, "az", [4])
+    assert (first.finish_reason, first.stop_reason, first.cumulative_logprob) == ("stop", "!", -9.0)
+    assert (second.text, second.token_ids) == ("bc", [5, 6, 7])
+    assert second.logprobs == [{i: Logprob(-1.0, 1)} for i in (5, 6, 7)]
+    assert (total.finished, total.num_cached_tokens, total.prompt_logprobs) == (True, 3, [None])
+    assert (before.finished, before.outputs[0].text, before.outputs[0].finish_reason) == (
+        False,
+        "a",
+        None,
+    )
+
+
+def test_a_copy_shares_no_list_that_grows() -> None:
+    total = news(piece(0, "a", [4]))
+    copy = total.copy()
+    total.add(news(piece(0, "b", [5])))
+    assert copy.outputs[0].token_ids == [4] and len(copy.outputs[0].logprobs or ()) == 1

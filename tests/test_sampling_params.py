@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pace_nb.errors import InvalidRequestError
-from pace_nb.sampling_params import MAX_LOGIT_BIAS, SamplingParams
+from pace_nb.sampling_params import MAX_LOGIT_BIAS, RequestOutputKind, SamplingParams
 
 FIELDS = [f.name for f in dataclasses.fields(SamplingParams)]
 
@@ -44,6 +44,7 @@ def test_defaults_are_vllms() -> None:
         "allowed_token_ids": None,
         "bad_words": (),
         "truncate_prompt_tokens": None,
+        "output_kind": RequestOutputKind.CUMULATIVE,
     }
 
 
@@ -141,6 +142,8 @@ def test_values_are_normalised(given_value: Any, field: str, stored: Any) -> Non
         ("allowed_token_ids", [-3]),
         ("bad_words", [""]),
         ("bad_words", ["w"] * 129),
+        ("output_kind", "DELTA"),
+        ("output_kind", 1),
         ("truncate_prompt_tokens", 0),
         ("truncate_prompt_tokens", -2),
     ],
