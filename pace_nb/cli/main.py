@@ -25,6 +25,7 @@ from pace_nb.errors import ConfigError, PaceError
 VERBS = {
     "generate": "write on after a prompt",
     "chat": "talk with a model",
+    "run-batch": "answer a file of requests",
     "tokenize": "show the tokens of a text",
     "warmup": "compile a model's kernels ahead of time",
     "doctor": "say what runs on this machine, and why",
@@ -105,7 +106,7 @@ def _run(arguments: Sequence[str]) -> int:
     if name not in VERBS or arguments[0] != name:
         _top_parser().parse_args(arguments)  # prints help or the version, or refuses
         return 0
-    verb: Verb = import_module(f"pace_nb.cli.{name}")
+    verb: Verb = import_module(f"pace_nb.cli.{name.replace('-', '_')}")
     parser = Parser(
         prog=f"pace-nb {name}", description=verb.__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from pace_nb.llm import LLM
     from pace_nb.sampling_params import SamplingParams
 
+# Option -> EngineConfig field of the same name, of `add_batching_arguments`.
+BATCHING_FIELDS = (
+    "max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold",
+    "enable_chunked_prefill", "scheduling_policy", "kv_cache_memory_bytes",
+)  # fmt: skip
 # Option -> SamplingParams field of the same name. None means: not given on the command line.
 SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty",
@@ -103,6 +108,42 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_batching_arguments(parser: argparse.ArgumentParser) -> None:
+    """How many requests share a step, and who goes first; what is not given is EngineConfig's."""
+    add = parser.add_argument_group("many requests at a time").add_argument
+    add(
+        "--max-num-seqs",
+        "--parallel",
+        "-np",
+        type=int,
+        metavar="N",
+        help="requests that run at the same time",
+    )
+    add(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of a step: first one for each that decodes, then prompts",
+    )
+    add(
+        "--long-prefill-token-threshold",
+        type=int,
+        metavar="N",
+        help="most tokens of one prompt in a step",
+    )
+    add(
+        "--enable-chunked-prefill",
+        action=argparse.BooleanOptionalAction,
+        help="let long prompts run in pieces between the others' tokens (default: on)",
+    )
+    add(
+        "--scheduling-policy",
+        choices=("fcfs", "priority"),
+        help="first come, first served, or by the requests' priority, lower values first",
+    )
+    add("--kv-cache-memory-bytes", type=int, metavar="BYTES", help="size of the KV cache")
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     """How tokens are chosen. What is not given comes from the model's generation_config.json."""
     group = parser.add_argument_group("sampling")
@@ -168,6 +209,11 @@ def open_llm(options: argparse.Namespace) -> LLM:
             jit.set_num_threads(options.threads)  # refused before a model is loaded for nothing
         except ValueError as error:
             raise ConfigError(f"--threads: {error}") from error
+    batching = {
+        name: value
+        for name in BATCHING_FIELDS
+        if (value := getattr(options, name, None)) is not None
+    }
     directory = resolve_model(options)  # a download may be interrupted at any time
     with interrupts.deferred():
         return LLM(
@@ -179,6 +225,7 @@ def open_llm(options: argparse.Namespace) -> LLM:
             kv_cache=options.kv_cache,
             block_size=options.block_size,
             enable_prefix_caching=options.enable_prefix_caching,
+            **batching,
         )
 
 

@@ -1,1 +1,1 @@
-"""OpenAI's wire format, without a wire: JSON bodies in, JSON bodies out. No HTTP, no engine."""
+"""OpenAI's wire format, without a wire: JSON bodies in and out, from lines of a file too."""

@@ -65,7 +65,7 @@ def test_readme_uses_verbs_that_exist(repository):
 
     text = (repository / "README.md").read_text()
     assert set(re.findall(r"\bmake ([a-z][a-z-]*)", text)) <= set(VERBS)
-    used = set(re.findall(r"pace-nb ([a-z]+)", text))
+    used = set(re.findall(r"pace-nb ([a-z]+(?:-[a-z]+)*)", text))
     assert used and used <= set(cli_verbs)
 
 
