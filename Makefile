@@ -9,7 +9,7 @@
 #   make test-long         the property tests with 20 times as many examples
 #   make test-interpreted  kernel tests as plain Python (NUMBA_DISABLE_JIT=1)
 #   make notebooks         execute every notebook in place
-#   make bench             measure every kernel against the machine's limits, rewrite the README table
+#   make bench             measure every kernel against the machine's limits, rewrite the README table, draw plots
 #   make docs              regenerate what is generated in the docs and check every link
 #
 # PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made from.
@@ -90,6 +90,7 @@ bench: $(VENV)/.installed-test
 	@for bench in bench/kernels/bench_*.py; do \
 	    $(BIN)/python -m "bench.kernels.$$(basename "$$bench" .py)" || exit 1; done
 	$(BIN)/python bench/readme_table.py
+	$(BIN)/python -m bench.plots
 
 docs: $(VENV)/.installed-test
 	$(BIN)/python bench/readme_table.py

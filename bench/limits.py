@@ -1,59 +1,7 @@
-"""A run beside the limit it is held against, as one row of a result: FLOPs, reading, or copying.
-
-Knows the probes of `pace_nb.kernels.limits` and how rows look. Each row interleaves the run and its
-probe in this process, so both meet the same neighbours.
-"""
+"""Rows that hold a run against a limit of the machine: the package's, under the benches' name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from pace_nb.benchmarks.limits import Run, against_copy, against_peak, against_read, row
 
-import numpy as np
-from numpy.typing import DTypeLike
-
-from bench import timing
-from pace_nb.kernels.arrays import Array
-from pace_nb.kernels.limits import Probe, copy_probe, flop_probe, read_probes
-
-Run = Callable[[], object]
-
-
-def row(case: str, run: Run, amount: float, probe: Probe, unit: str, rounds: int) -> dict[str, Any]:
-    """`run` does `amount` FLOPs or bytes; what share of the probe's rate it reaches."""
-    t = timing.interleave({"run": run, "limit": probe.run}, rounds)
-    return {
-        "case": case,
-        "value": amount / t["run"].median / 1e9,
-        "unit": unit,
-        "limit": probe.amount / t["limit"].median / 1e9,
-        "limit_unit": unit,
-        "share": timing.share(t["limit"], t["run"], amount / probe.amount),
-        "best": amount / t["run"].best / 1e9,
-        "limit_best": probe.amount / t["limit"].best / 1e9,
-    }
-
-
-def against_peak(
-    case: str, run: Run, flops: float, dtype: DTypeLike = np.uint16, rounds: int = 11
-) -> dict[str, Any]:
-    """Share of the register peak of `dtype`'s dot products."""
-    return row(case, run, flops, flop_probe(dtype), "GFLOP/s", rounds)
-
-
-def against_read(
-    case: str, run: Run, moved: float, buffer: Array, rounds: int = 11
-) -> dict[str, Any]:
-    """Share of the rate at which `buffer` (1-D, what the run reads) can be read at all.
-
-    The better of one and of four streams per thread is the limit; which it is, is measured first.
-    """
-    probes = read_probes(buffer)
-    t = timing.interleave({str(i): probe.run for i, probe in enumerate(probes)}, 5)
-    best = min(range(len(probes)), key=lambda i: t[str(i)].median)
-    return row(case, run, moved, probes[best], "GB/s", rounds)
-
-
-def against_copy(case: str, run: Run, moved: float, rounds: int = 31) -> dict[str, Any]:
-    """Share of the rate of a copy that reads and writes as many bytes as the run has to."""
-    return row(case, run, moved, copy_probe(int(moved / 2)), "GB/s", rounds)
+__all__ = ["Run", "against_copy", "against_peak", "against_read", "row"]

@@ -31,6 +31,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pace_nb"
 
 
+def with_cache_dir(folder: Path) -> dict[str, str]:
+    """The environment for a process that is to keep its compiled kernels in `folder`."""
+    return {**os.environ, "PACE_NB_CACHE_DIR": str(folder)}
+
+
 def num_threads() -> int | None:
     """PACE_NB_NUM_THREADS: threads of the kernels; None where it is not set.
 

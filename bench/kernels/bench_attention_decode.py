@@ -45,7 +45,8 @@ def main() -> None:
         case = f"B={batch} S={context} rows={queries} H={H}/{KVH} D={D}"
         moved = pool.k.nbytes + pool.v.nbytes
         limit = np.ones(max(moved, 1 << 27) // 4, np.float32)
-        rows.append(against_read(case, run, moved, limit))
+        flops = 4.0 * batch * queries * H * D * context
+        rows.append(against_read(case, run, moved, limit, flops=flops))
     timing.record("attention_decode", jit.num_threads(), rows, timing.preemptions() - before)
 
 

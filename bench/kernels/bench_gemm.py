@@ -32,13 +32,15 @@ def main() -> None:
     for m, n, k in LARGE:
         x, packed, out = normal(m, k), pack_weight(normal(n, k)), np.empty((m, n), np.float32)
         run = partial(gemm, x, packed, out=out)
-        rows.append(against_peak(f"bf16 M={m} N={n} K={k}", run, 2.0 * m * n * k))
+        moved = 2 * (m + n) * k + 4 * m * n
+        rows.append(against_peak(f"bf16 M={m} N={n} K={k}", run, 2.0 * m * n * k, moved=moved))
     packed = pack_weight(normal(16384, 8192))
     for m in SMALL:
         x, out = normal(m, packed.k), np.empty((m, packed.n), np.float32)
         run = partial(gemm, x, packed, out=out)
         case = f"bf16 M={m}, weight 256 MiB"
-        rows.append(against_read(case, run, packed.data.nbytes, packed.data))
+        flops = 2.0 * m * packed.n * packed.k
+        rows.append(against_read(case, run, packed.data.nbytes, packed.data, flops=flops))
     timing.record("gemm", jit.num_threads(), rows, timing.preemptions() - before)
 
 

@@ -32,7 +32,7 @@ def main() -> None:
         }
         for name, (size, run) in runs.items():
             case = f"{name} T={t} E={E}, f32 to bf16"
-            rows.append(against_copy(case, run, size * x.size))
+            rows.append(against_copy(case, run, size * x.size, flops=6.0 * x.size))
     timing.record("norm", jit.num_threads(), rows, timing.preemptions() - before)
 
 

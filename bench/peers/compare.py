@@ -24,11 +24,13 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -38,6 +40,7 @@ from bench.peers.engines import Engine
 from bench.peers.protocol import Case
 
 SHORT, DECODED = 16, 24  # tokens of a prompt before decoding is timed; tokens that are timed
+ATTEMPTS = 3  # at a measurement that a neighbour made senseless
 GB = 1e9
 
 
@@ -63,9 +66,12 @@ def prefill(length: int) -> Measurement:
 
 def decode(batch: int) -> Measurement:
     def measure(engine: Asked, seed: int) -> float:
-        one = engine.ask(Case(batch, SHORT, 1, seed))
-        many = engine.ask(Case(batch, SHORT, 1 + DECODED, seed + 1))
-        return batch * DECODED / (many - one)
+        for _ in range(ATTEMPTS):
+            one = engine.ask(Case(batch, SHORT, 1, seed))
+            many = engine.ask(Case(batch, SHORT, 1 + DECODED, seed + 1))
+            if many > one:
+                return batch * DECODED / (many - one)
+        raise RuntimeError(f"decode batch {batch}: the machine is too busy, 1 token took longer")
 
     return Measurement(f"decode batch {batch}", "tok/s", measure)
 
@@ -95,17 +101,23 @@ def interleave(
     measurement: Measurement,
     rounds: int,
     seeds: itertools.count[int],
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Rounds:
-    """The measurement of each engine in each round, in turn, after one unmeasured round."""
+    """The measurement of each engine in each round, in turn, after one unmeasured round.
+
+    `around()` is entered for each round: on a machine that others use, something that keeps them
+    quiet meanwhile.
+    """
     values: Rounds = {name: [] for name in running}
     for turn in range(rounds + 1):
-        for name, engine in running.items():
-            engine.resume()
-            engine.ask(Case(1, SHORT, 2, next(seeds)))  # wakes its threads
-            value = measurement.measure(engine, next(seeds) * 2)
-            engine.pause()
-            if turn:
-                values[name].append(value)
+        with around():
+            for name, engine in running.items():
+                engine.resume()
+                engine.ask(Case(1, SHORT, 2, next(seeds)))  # wakes its threads
+                value = measurement.measure(engine, next(seeds) * 2)
+                engine.pause()
+                if turn:
+                    values[name].append(value)
     return values
 
 
@@ -194,11 +206,16 @@ class Comparison:
         engine.ask(Case(1, SHORT, 2))
         engine.pause()
 
-    def measure(self, measurements: Sequence[Measurement], rounds: int) -> dict[str, Any]:
-        """Engines and cases of a result."""
+    def measure(
+        self,
+        measurements: Sequence[Measurement],
+        rounds: int,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> dict[str, Any]:
+        """Engines and cases of a result. around: as for `interleave`."""
         before = self._preemptions()
         rows = [
-            compared(m.case, m.unit, interleave(self.running, m, rounds, self._seeds))
+            compared(m.case, m.unit, interleave(self.running, m, rounds, self._seeds, around))
             for m in measurements
         ]
         return {
@@ -262,6 +279,7 @@ def main() -> None:
     checkpoint = options.checkpoint.resolve()
     cpus = sorted(os.sched_getaffinity(0))
     gguf = gguf_of(checkpoint) if "llama-cpp" in options.engines else checkpoint
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stopped engines would stay for ever
     comparison = Comparison(options.engines, checkpoint, gguf, options.folder, cpus)
     try:
         if "startup" in options.cases:

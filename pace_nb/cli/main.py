@@ -28,6 +28,7 @@ VERBS = {
     "run-batch": "answer a file of requests",
     "tokenize": "show the tokens of a text",
     "warmup": "compile a model's kernels ahead of time",
+    "bench": "measure latency, throughput, startup or kernels",
     "doctor": "say what runs on this machine, and why",
     "list": "list the models in the local cache",
     "pull": "download a model from the Hugging Face hub",

@@ -199,34 +199,44 @@ def resolve_model(options: argparse.Namespace) -> Path:
     )
 
 
-def open_llm(options: argparse.Namespace) -> LLM:
-    """The LLM that the model and engine options describe."""
+def set_threads(options: argparse.Namespace) -> None:
+    """Let the kernels use `--threads`. ConfigError for a number that this machine cannot have."""
     from pace_nb.kernels import jit
-    from pace_nb.llm import LLM
 
     if options.threads is not None:
         try:
-            jit.set_num_threads(options.threads)  # refused before a model is loaded for nothing
+            jit.set_num_threads(options.threads)
         except ValueError as error:
             raise ConfigError(f"--threads: {error}") from error
+
+
+def engine_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of EngineConfig, but for the model, as the command line has them."""
     batching = {
         name: value
         for name in BATCHING_FIELDS
         if (value := getattr(options, name, None)) is not None
     }
+    return {
+        "dtype": options.dtype,
+        "kernels": options.kernels,
+        "num_threads": options.threads,
+        "max_model_len": options.max_model_len,
+        "kv_cache": options.kv_cache,
+        "block_size": options.block_size,
+        "enable_prefix_caching": options.enable_prefix_caching,
+        **batching,
+    }
+
+
+def open_llm(options: argparse.Namespace) -> LLM:
+    """The LLM that the model and engine options describe."""
+    from pace_nb.llm import LLM
+
+    set_threads(options)  # refused before a model is loaded for nothing
     directory = resolve_model(options)  # a download may be interrupted at any time
     with interrupts.deferred():
-        return LLM(
-            directory,
-            dtype=options.dtype,
-            kernels=options.kernels,
-            num_threads=options.threads,
-            max_model_len=options.max_model_len,
-            kv_cache=options.kv_cache,
-            block_size=options.block_size,
-            enable_prefix_caching=options.enable_prefix_caching,
-            **batching,
-        )
+        return LLM(directory, **engine_options(options))
 
 
 def sampling_params(options: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:

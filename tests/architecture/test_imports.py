@@ -11,6 +11,7 @@ import pytest
 LAYERS = [
     {"__main__"},
     {"cli", "server"},
+    {"benchmarks"},
     {"openai_api"},
     {"llm", "async_llm"},
     {"text_model"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import contextmanager
 
 import pytest
 
@@ -44,6 +45,19 @@ def test_decode_leaves_the_first_token_out(batch):
     assert engine.cases == [Case(batch, 16, 1, 2), Case(batch, 16, 25, 3)]
 
 
+def test_decode_is_asked_again_where_one_token_took_longer():
+    class Disturbed(Scripted):
+        def ask(self, case):
+            return super().ask(case) + (9.0 if len(self.cases) == 1 else 0.0)
+
+    engine = Disturbed(step=0.25)
+    assert decode(1).measure(engine, 2) == pytest.approx(4)
+    assert len(engine.cases) == 4
+    backwards = Scripted(step=-1.0)
+    with pytest.raises(RuntimeError, match="decode batch 1: the machine is too busy"):
+        decode(1).measure(backwards, 2)
+
+
 def test_throughput_counts_prompt_and_output():
     seconds = 0.001 * 4 * 10 + 0.1 * 4
     assert throughput(4, 10, 5).measure(Scripted(), 1) == pytest.approx(4 * 15 / seconds)
@@ -52,9 +66,16 @@ def test_throughput_counts_prompt_and_output():
 def test_engines_take_turns_and_only_one_runs():
     log = []
     running = {name: Scripted(name, step, log) for name, step in (("a", 0.1), ("b", 0.2))}
-    values = interleave(running, prefill(10), 2, itertools.count())
+
+    @contextmanager
+    def round_of():
+        log.append("quiet")
+        yield
+        log.append("busy")
+
+    values = interleave(running, prefill(10), 2, itertools.count(), round_of)
     turn = [f"{n} goes on|{n}|{n}|{n} stops".split("|") for n in "ab"]
-    assert log == [*turn[0], *turn[1]] * 3, "one unmeasured round and two"
+    assert log == ["quiet", *turn[0], *turn[1], "busy"] * 3, "one unmeasured round and two"
     assert [len(v) for v in values.values()] == [2, 2]
     seeds = [case.seed for engine in running.values() for case in engine.cases]
     assert len(set(seeds)) > len(seeds) // 2, "prompts are new in every turn"
