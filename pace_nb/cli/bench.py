@@ -1,8 +1,9 @@
 """Measure: latency, throughput and startup as `vllm bench` defines them, kernels by their limits.
 
 Flags, output lines and JSON keys of latency, throughput and startup are vLLM's; defaults that suit
-a CPU are smaller. Every measurement compiles or loads the kernels before its clock starts, but for
-startup, which is about that.
+a CPU are smaller. Prefix caching is off, as there, because the same prompts come again. Every
+measurement compiles or loads the kernels before its clock starts, but for startup, which is about
+that.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def add_kind(kind: str, parser: argparse.ArgumentParser) -> None:
         )
     shared.add_model_arguments(parser)
     shared.add_engine_arguments(parser)
-    parser.set_defaults(enable_prefix_caching=False)  # as vLLM: the same prompts come again
+    if kind != "kernels":
+        shared.add_batching_arguments(parser)
+    parser.set_defaults(enable_prefix_caching=False)
 
 
 def at_least(least: int) -> Callable[[str], int]:
