@@ -192,7 +192,7 @@ def _check(largest: float) -> None:
     if not np.isfinite(largest):
         raise _BadLogitsError(
             f"the model gave logits whose largest is {largest}, expected a finite number; its "
-            "weights may hold NaN or infinity (Checkpoint.check_finite looks)"
+            "weights, finite as they are, may be damaged"
         )
 
 

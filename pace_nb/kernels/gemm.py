@@ -52,6 +52,7 @@ from pace_nb.kernels.lanes import (
     tile_store_tail,
     tile_zeros,
 )
+from pace_nb.kernels.memory import zeros
 
 # ---- constants -----------------------------------------------------------------------------------
 NR = 64  # columns of a panel: one cache line of pairs per vector, four vectors per step of k
@@ -92,6 +93,13 @@ def unpack_weight(weight: PackedWeight) -> Array:
     panels = weight.data.reshape(-(-weight.n // NR), -(-weight.k // step), NR, step)
     rows = panels.transpose(0, 2, 1, 3).reshape(len(panels) * NR, -1)
     return np.ascontiguousarray(rows[: weight.n, : weight.k])
+
+
+def pack_rows_ref(weight: PackedWeight, row0: int, w: Array) -> Array:
+    """`data` of the weight whose rows row0 .. row0 + n - 1 are w [n, K]."""
+    rows = unpack_weight(weight)
+    rows[row0 : row0 + len(w)] = w
+    return pack_weights_ref([rows])
 
 
 def gather_rows_ref(weight: PackedWeight, ids: Array) -> Array:
@@ -170,16 +178,22 @@ def _gemm_kernel(a, b, bias, c, m, n, k):
 
 
 @jit.kernel
-def _pack_kernel(w, data, row0, n, k):
-    """Rows row0.. of the stacked weight, [n, k] at w, into their places in `data`."""
-    s = per_word(w)
-    steps = (k + s - 1) // s
+def _pack_kernel(words, data, row0, n, steps, high, low, broken):
+    """Rows row0.. of the stacked weight, [n, steps] words (a pair of BF16, or a float32), into
+    their places in `data`. A word whose bits under `high` or `low`, the masks of its exponents, are
+    all set holds a NaN or infinity: broken[panel] becomes 1."""
     first = row0 // NR
     for j in prange(first, (row0 + n + NR - 1) // NR):  # one panel per task
-        for r in range(max(j * NR, row0), min(j * NR + NR, row0 + n)):
-            source, target = (r - row0) * k, (j * steps * NR + r - j * NR) * s
-            for i in range(k):
-                data[target + i // s * (NR * s) + i % s] = w[source + i]
+        begin, end = max(j * NR, row0), min(j * NR + NR, row0 + n)
+        wrong = False
+        for w in range(steps):
+            source, target = (begin - row0) * steps + w, (j * steps + w) * NR + begin - j * NR
+            for r in range(end - begin):
+                word = words[source + r * steps]
+                data[target + r] = word
+                wrong |= (word & high == high) | (word & low == low)
+        if wrong:
+            broken[j - first] = 1
 
 
 @jit.kernel
@@ -193,6 +207,57 @@ def _gather_rows_kernel(data, ids, out, k):
 
 
 # ---- public wrappers -----------------------------------------------------------------------------
+def new_weight(n: int, k: int, dtype: DTypeLike) -> PackedWeight:
+    """A weight [n, k] of zeros, uint16 (BF16) or float32, to be filled by `pack_rows`."""
+    if np.dtype(dtype) not in [np.dtype(d) for d in STORAGE] or min(n, k) < 1:
+        raise ValueError(
+            f"new_weight: ({n}, {k}) of {np.dtype(dtype)}, expected at least one row and column of"
+            " uint16 or float32"
+        )
+    return PackedWeight(zeros(packed_size(n, k, dtype), dtype), n, k)
+
+
+def pack_rows(weight: PackedWeight, row0: int, w: Array) -> bool:
+    """Put rows w [n, K], of the weight's dtype, into their place: rows row0 .. row0 + n - 1.
+
+    Returns True if all of them are finite numbers: looked at here, the one time that all are read.
+    TypeError or ValueError names what does not fit.
+    """
+    _check_weight("pack_rows", weight)
+    require("pack_rows", "w", w, ("n", weight.k), (weight.data.dtype,))
+    if not 0 <= row0 <= weight.n - len(w):
+        raise ValueError(
+            f"pack_rows: row0 is {row0}, expected 0 to {weight.n - len(w)}: {len(w)} rows of"
+            f" {weight.n}"
+        )
+    writable("pack_rows", "weight.data", weight.data)
+    if not len(w):
+        return True
+    step = _step(w)
+    if weight.k % step:
+        w = np.pad(w, ((0, 0), (0, 1)))  # an odd K: the last pair needs its zero
+    words = np.ascontiguousarray(w).reshape(-1)
+    if words.ctypes.data % 4:  # half a pair off: read as whole words
+        words = words.copy()
+    words = words.view(np.uint32)
+    words.flags.writeable = False  # one type, whatever the source: a kernel compiles once
+    high = np.uint32(0x7F800000)
+    low = np.uint32(0x7F80) if step == 2 else high
+    broken = np.zeros(len(w) // NR + 2, np.uint8)
+    with jit.threads_for(words.nbytes):
+        _pack_kernel(
+            words,
+            weight.data.view(np.uint32),
+            row0,
+            len(w),
+            len(words) // len(w),
+            high,
+            low,
+            broken,
+        )
+    return not broken.any()
+
+
 def pack_weights(parts: Sequence[Array]) -> PackedWeight:
     """Stack weights [N0, K], [N1, K], .. along N and pack them: one product then serves them all.
 
@@ -204,17 +269,12 @@ def pack_weights(parts: Sequence[Array]) -> PackedWeight:
     k = parts[0].shape[-1] if isinstance(parts[0], np.ndarray) and parts[0].ndim else 0
     for i, w in enumerate(parts):
         require("pack_weights", f"parts[{i}]", w, ("N", k), (parts[0].dtype,) if i else STORAGE)
-    n = sum(len(w) for w in parts)
-    if n == 0 or k == 0:
-        raise ValueError(
-            f"pack_weights: parts stack to ({n}, {k}), expected at least one row and column"
-        )
-    data = np.zeros(packed_size(n, k, parts[0].dtype), parts[0].dtype)
+    weight = new_weight(sum(len(w) for w in parts), k, parts[0].dtype)
     row0 = 0
     for w in parts:
-        _pack_kernel(np.ascontiguousarray(w).reshape(-1), data, row0, len(w), k)
+        pack_rows(weight, row0, w)
         row0 += len(w)
-    return PackedWeight(data, n, k)
+    return weight
 
 
 def pack_weight(w: Array) -> PackedWeight:

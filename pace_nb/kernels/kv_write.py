@@ -32,6 +32,7 @@ Notebook: 12 KV cache. Ledger: kv_write.
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,7 @@ from pace_nb.kernels.lanes import (
     splat,
     store_words,
 )
+from pace_nb.kernels.memory import zeros
 
 INTEGERS = (np.int32, np.int64)
 # Tokens in a unit: a vector of scores is 16 keys, and 8 pairs of values feed 8 dot products.
@@ -95,9 +97,11 @@ def new_pool(num_units: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike)
             f"new_pool: num_units {num_units}, num_kv_heads {num_kv_heads}, head_dim {head_dim}: "
             "expected at least 1 each, head_dim even for uint16"
         )
-    k = np.zeros((num_kv_heads, num_units, head_dim // s, UNIT, s), dtype)
-    v = np.zeros((num_kv_heads, num_units, UNIT // s, _padded(head_dim), s), dtype)
-    return KVPool(k, v)
+    shapes = (
+        (num_kv_heads, num_units, head_dim // s, UNIT, s),
+        (num_kv_heads, num_units, UNIT // s, _padded(head_dim), s),
+    )
+    return KVPool(*(zeros(prod(shape), dtype).reshape(shape) for shape in shapes))
 
 
 def _pair(dtype: DTypeLike) -> int:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pace_nb.errors import InvalidRequestError
 from pace_nb.kernels import gemm
+from pace_nb.layers.linear import packed
 from pace_nb.layers.module import Module, Shape
 from pace_nb.layers.weights import Float32Array, Weights
 
@@ -31,9 +32,7 @@ class Embedding(Module):
         yield f"{name}.weight", (self.num_embeddings, self.size)
 
     def load(self, weights: Weights, name: str = "") -> None:
-        tensor = f"{name}.weight"
-        self._weight = gemm.pack_weight(weights.matrix(tensor, (self.num_embeddings, self.size)))
-        weights.release(tensor)
+        self._weight = packed(weights, [(f"{name}.weight", self.num_embeddings)], self.size)
 
     def __call__(self, token_ids: NDArray[np.int32]) -> Float32Array:
         """int32[T] -> f32[T, E]. InvalidRequestError for an id outside 0 .. V-1."""

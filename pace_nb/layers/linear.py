@@ -12,7 +12,7 @@ outputs in that order, and computes all of them in one pass over x.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,11 +45,8 @@ class Linear(Module):
 
     def load(self, weights: Weights, name: str = "") -> None:
         parts = self._part_names(name)
-        self._weight = gemm.pack_weights(
-            [weights.matrix(f"{part}.weight", (rows, self.in_features)) for part, rows in parts]
-        )
-        for part, _ in parts:
-            weights.release(f"{part}.weight")
+        tensors = [(f"{part}.weight", rows) for part, rows in parts]
+        self._weight = packed(weights, tensors, self.in_features)
         if self._bias_wanted:
             self._bias = np.concatenate(
                 [weights.vector(f"{part}.bias", (rows,)) for part, rows in parts]
@@ -69,3 +66,22 @@ class FusedLinear(Linear):
 
     def _part_names(self, name: str) -> list[tuple[str, int]]:
         return [(sibling(name, part), rows) for part, rows in self._parts.items()]
+
+
+def packed(
+    weights: Weights, tensors: Sequence[tuple[str, int]], in_features: int
+) -> gemm.PackedWeight:
+    """Tensors, each of a name and so many rows, stacked and packed while they are read.
+
+    ModelFormatError naming the tensor that holds a NaN or infinity.
+    """
+    num_rows = sum(rows for _, rows in tensors)
+    weight = gemm.new_weight(num_rows, in_features, weights.storage_dtype)
+    row0 = 0
+    for name, rows in tensors:
+        shape = rows, in_features
+        for block in weights.rows(name, shape):
+            if not gemm.pack_rows(weight, row0, block):
+                raise weights.not_finite(name, shape)
+            row0 += len(block)
+    return weight

@@ -20,7 +20,7 @@ time, and so do the products and the sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,8 +28,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from pace_nb.errors import ModelFormatError
 from pace_nb.kernels import bf16, gemm, moe, quant
+from pace_nb.kernels.memory import zeros
 from pace_nb.layers.module import Module, Shape
-from pace_nb.layers.weights import Float32Array, Weights
+from pace_nb.layers.weights import Float32Array, StorageDtype, Weights
 
 Int64Array = NDArray[np.int64]
 
@@ -100,27 +101,34 @@ class ExpertLinear(Module):
 
     def load(self, weights: Weights, name: str = "") -> None:
         self._weight = self._pack(weights, name)
-        for tensor, _ in self._weight_tensors(name):
-            weights.release(tensor)
         if self._bias_wanted:
             bias = weights.vector(f"{name}_bias", (self.num_experts, self.out_features))
             self._bias = np.ascontiguousarray(bias[:, self._order])
 
     def _pack(self, weights: Weights, name: str) -> moe.PackedExperts | quant.PackedMXFP4:
-        stored = weights.matrix(name, (self.num_experts, self.in_features, self.out_features))
-        return self._pack_floats(lambda e: stored[e].T[self._order], stored.dtype)
+        ((_, shape),) = self._weight_tensors(name)
+        experts = (expert for block in weights.rows(name, shape) for expert in block)
+        finite, packed = self._pack_floats(
+            (expert.T[self._order] for expert in experts), weights.storage_dtype
+        )
+        if not finite:
+            raise weights.not_finite(name, shape)
+        return packed
 
     def _pack_floats(
-        self, expert: Callable[[int], NDArray[Any]], dtype: DTypeLike
-    ) -> moe.PackedExperts:
-        """Pack expert(e), [N, K], one after another: only one copy exists at a time."""
+        self, experts: Iterable[NDArray[Any]], dtype: DTypeLike
+    ) -> tuple[bool, moe.PackedExperts]:
+        """Pack experts, [N, K], one after another: only one copy exists at a time. False: one of
+        them is not finite."""
         size = gemm.packed_size(self.out_features, self.in_features, dtype)
-        data = np.empty((self.num_experts, size), dtype)
-        for e in range(self.num_experts):
-            data[e] = gemm.pack_weight(expert(e)).data
-        return moe.PackedExperts(
-            data.reshape(-1), self.num_experts, self.out_features, self.in_features
+        packed = moe.PackedExperts(
+            zeros(self.num_experts * size, dtype),
+            self.num_experts,
+            self.out_features,
+            self.in_features,
         )
+        finite = [gemm.pack_rows(packed.expert(e), 0, w) for e, w in enumerate(experts)]
+        return all(finite), packed
 
     def __call__(self, x: NDArray[Any], offsets: Int64Array) -> Float32Array:
         """x storage[R, K], rows of expert e at offsets[e] to offsets[e + 1] -> f32[R, N]."""
@@ -149,13 +157,20 @@ class MXFP4ExpertLinear(ExpertLinear):
         (blocks_name, blocks_shape), (scales_name, scales_shape) = self._weight_tensors(name)
         blocks = weights.codes(blocks_name, blocks_shape)
         scales = _usable_scales(weights.codes(scales_name, scales_shape), blocks, scales_name)
-        if weights.dtype == "float32":
-            return self._pack_floats(
-                lambda e: quant.dequantize_mxfp4_ref(
-                    blocks[e][self._order], scales[e][self._order]
-                ).astype(np.float32),
-                np.float32,
+        packed = self._pack_codes(weights.dtype, blocks, scales)
+        weights.release(blocks_name)
+        weights.release(scales_name)
+        return packed
+
+    def _pack_codes(
+        self, dtype: StorageDtype, blocks: NDArray[np.uint8], scales: NDArray[np.uint8]
+    ) -> moe.PackedExperts | quant.PackedMXFP4:
+        if dtype == "float32":
+            expanded = (
+                quant.dequantize_mxfp4_ref(blocks[e][self._order], scales[e][self._order])
+                for e in range(self.num_experts)
             )
+            return self._pack_floats((w.astype(np.float32) for w in expanded), np.float32)[1]
         packed = [
             quant.pack_mxfp4([blocks[e][self._order]], [scales[e][self._order]])
             for e in range(self.num_experts)

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from pace_nb.errors import ModelFormatError, UnsupportedModelError
@@ -30,7 +29,6 @@ MAX_INDEX_BYTES = 100_000_000  # 90000 tensors take 8 MB
 SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")  # nothing that leads elsewhere
 REFUSED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".h5", ".msgpack", ".onnx")
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
-_BLOCK = 1 << 20  # elements looked at in one go by check_finite
 
 
 class Checkpoint:
@@ -123,31 +121,14 @@ class Checkpoint:
         self._read.add(name)
         return view
 
-    def release(self, name: str) -> None:
-        """The tensor has been copied or packed: its pages may go. They come back when looked at."""
-        self._find(name).release(name)
+    def release(self, name: str, first: int = 0, end: int | None = None) -> None:
+        """Rows first .. end - 1 (None: to the last) have been copied or packed: their pages may go.
+        They come back when looked at."""
+        self._find(name).release(name, first, end)
 
     def unused(self) -> list[str]:
         """Names, sorted, of the tensors that `tensor` was never asked for."""
         return sorted(self._file_of.keys() - self._read)
-
-    def check_finite(self, name: str) -> None:
-        """ModelFormatError naming the first NaN or infinity of the tensor. Reads all of it."""
-        file = self._find(name)
-        view = file.view(name)
-        flat = view.reshape(-1)
-        for start in range(0, flat.size, _BLOCK):
-            block = flat[start : start + _BLOCK]
-            if block.dtype == np.uint16:  # BF16: the exponent is all ones
-                wrong = (block & np.uint16(0x7F80)) == 0x7F80
-            else:
-                wrong = ~np.isfinite(block)
-            if wrong.any():
-                index = np.unravel_index(start + int(wrong.argmax()), view.shape)
-                raise ModelFormatError(
-                    f"{file.path}: tensor {shown(name)} is not finite at"
-                    f" {[int(i) for i in index]}, expected numbers"
-                )
 
     def close(self) -> None:
         """Unmap the files; a view that is still alive keeps its own."""

@@ -104,12 +104,19 @@ class SafetensorsFile:
             flat.flags.writeable = False
         return flat.reshape(entry.shape)
 
-    def release(self, name: str) -> None:
-        """Let the tensor's pages go from memory. A later look reads them from the file again."""
+    def release(self, name: str, first: int = 0, end: int | None = None) -> None:
+        """Let the pages of the tensor's rows first .. end - 1 (None: to the last) go from memory. A
+        later look reads them from the file again."""
         entry = self.tensors[name]
-        start = entry.start - entry.start % mmap.PAGESIZE  # whole pages; neighbours lose nothing
-        if entry.stop > entry.start and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, start, entry.stop - start)
+        num_rows = entry.shape[0] if entry.shape else 1
+        row = (entry.stop - entry.start) // max(1, num_rows)
+        begin, stop = (
+            entry.start + first * row,
+            entry.start + row * (num_rows if end is None else end),
+        )
+        begin -= begin % mmap.PAGESIZE  # whole pages; neighbours lose nothing
+        if stop > begin and row and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, begin, stop - begin)
 
     def close(self) -> None:
         """Unmap the file, or, while views of it are alive, leave that to the last of them."""

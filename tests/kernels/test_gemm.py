@@ -18,6 +18,9 @@ from pace_nb.kernels.gemm import (
     gather_rows,
     gemm,
     gemm_ref,
+    new_weight,
+    pack_rows,
+    pack_rows_ref,
     pack_weight,
     pack_weights,
     pack_weights_ref,
@@ -76,6 +79,46 @@ def test_stacked_parts_are_the_stacked_weight(dtype: Any) -> None:
     rng = np.random.default_rng(2)
     parts = [normal(rng, (n, 20), dtype) for n in (70, 1, 64, 9)]
     np.testing.assert_array_equal(pack_weights(parts).data, pack_weights_ref(parts))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [20, 21])
+def test_rows_are_packed_into_their_place(dtype: Any, k: int) -> None:
+    """In pieces that begin and end within panels, of views that are read-only or misplaced."""
+    w = normal(np.random.default_rng(6), (200, k), dtype)
+    weight = new_weight(200, k, dtype)
+    shifted = np.empty(w.size + 1, dtype)[1:].reshape(w.shape)  # half a pair off
+    shifted[...] = w
+    w.flags.writeable = False
+    for first, end, source in ((70, 135, w), (0, 1, shifted), (135, 200, shifted), (1, 70, w)):
+        expected = pack_rows_ref(weight, first, source[first:end])
+        assert pack_rows(weight, first, source[first:end])
+        np.testing.assert_array_equal(weight.data, expected)
+    assert pack_rows(weight, 200, w[:0])
+    np.testing.assert_array_equal(weight.data, pack_weights_ref([w]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [(0, 0), (63, 20), (64, 1), (134, 19)])
+def test_packing_tells_what_is_not_finite(place: Any, bad: float, dtype: Any) -> None:
+    w = np.full((135, 21), -3e38, np.float32)
+    w[1::2] = 1e-40
+    weight = new_weight(300, 21, dtype)
+    stored = from_f32(w) if dtype == np.uint16 else w
+    assert pack_rows(weight, 100, stored)
+    w[place] = bad
+    stored = from_f32(w) if dtype == np.uint16 else w
+    assert not pack_rows(weight, 100, stored)
+
+
+@pytest.mark.parametrize("row0", [-1, 2])
+def test_rows_beyond_the_weight_are_refused(row0: int) -> None:
+    weight = new_weight(5, 8, np.float32)
+    with pytest.raises(ValueError, match=f"pack_rows: row0 is {row0}, expected 0 to 1: 4 rows"):
+        pack_rows(weight, row0, np.zeros((4, 8), np.float32))
+    with pytest.raises(ValueError, match=r"new_weight: \(0, 8\) of float32"):
+        new_weight(0, 8, np.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -29,7 +29,7 @@ class MemorySource:
         assert (self.tensors[name].dtype == np.uint8) == (tuple(dtypes) == ("U8",)), name
         return self.tensors[name]
 
-    def release(self, name):
+    def release(self, name, first=0, end=None):
         self.released.append(name)
 
 

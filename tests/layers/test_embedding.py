@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pace_nb.errors import InvalidRequestError
+from pace_nb.errors import InvalidRequestError, ModelFormatError
 from pace_nb.layers.embedding import Embedding
 
 
@@ -18,6 +18,13 @@ def test_lookup_is_exact_and_the_head_is_tied(load, rng, dtype, stored):
     x, x64 = stored(rng.standard_normal((3, 24)))
     np.testing.assert_allclose(embedding.project(x), x64 @ w64.T, atol=1e-5, rtol=1e-5)
     assert source.released == ["layer.weight"]
+
+
+def test_a_row_that_is_not_finite_is_refused(load, rng, dtype):
+    w = rng.standard_normal((200, 24)).astype(np.float32)
+    w[131, 7] = np.nan
+    with pytest.raises(ModelFormatError, match=r"tensor layer\.weight holds nan at \[131, 7\]"):
+        load(Embedding(200, 24), dtype, {"weight": w})
 
 
 @pytest.mark.parametrize("bad", [-1, 50, 2**31 - 1])

@@ -24,6 +24,21 @@ def test_product_and_bias(load, rng, dtype, stored, bias):
     assert "layer.weight" in source.released
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("part", ["q_proj.weight", "v_proj.weight", "k_proj.bias"])
+def test_what_is_not_finite_is_refused_by_its_tensor(load, rng, dtype, part, value):
+    """In each part, at its end; everything beside it is sound."""
+    tensors = {}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        tensors[f"{name}.weight"] = rng.standard_normal((70, 5)).astype(np.float32)
+        tensors[f"{name}.bias"] = rng.standard_normal(70).astype(np.float32)
+    sizes = {"q_proj": 70, "k_proj": 70, "v_proj": 70}
+    load(Parent(FusedLinear(5, sizes, bias=True)), dtype, tensors)
+    tensors[part][(-1,) * tensors[part].ndim] = value
+    with pytest.raises(ModelFormatError, match=rf"tensor layer\.{part} holds {value} at \[69"):
+        load(Parent(FusedLinear(5, sizes, bias=True)), dtype, tensors)
+
+
 def test_fused_parts_lie_side_by_side(load, rng, dtype, stored):
     x, _ = stored(rng.standard_normal((3, 20)))
     sizes = {"q_proj": 40, "k_proj": 6, "v_proj": 6}

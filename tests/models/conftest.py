@@ -37,7 +37,7 @@ class MemoryCheckpoint:
         assert (self.tensors[name].dtype == np.uint8) == (tuple(dtypes) == ("U8",)), name
         return self.tensors[name]
 
-    def release(self, name):
+    def release(self, name, first=0, end=None):
         self.released.append(name)
 
 

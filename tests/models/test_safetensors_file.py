@@ -138,6 +138,9 @@ def test_release_gives_the_pages_back_and_loses_nothing(tmp_path):
     views = {name: file.view(name) for name in header}
     total = sum(int(view.sum()) for view in views.values())
     assert resident(file) >= count
+    before = resident(file)
+    file.release("big", 1 << 18, 1 << 19)
+    assert before - resident(file) in range(1 << 18, (1 << 18) + 4097)
     for name in header:
         file.release(name)
     assert resident(file) == 0
