@@ -34,6 +34,8 @@ def number(value: float) -> str:
 def circumstances(record: dict[str, Any]) -> str:
     """On what, when, and how quietly a bench was run."""
     facts = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+    if "preempted" not in record:
+        return f"{record['bench']}: {facts}"
     return f"{record['bench']}: {facts}, preempted {record['preempted']} times during the run"
 
 
@@ -73,8 +75,10 @@ def peers_table(record: dict[str, Any]) -> str:
         found = row.get("ratio", {})
         shares = [f"{found[n]:.2f}" if n in found else "" for n in ratios]
         lines.append(f"| {row['case']}, {row['unit']} | {' | '.join(medians + shares)} |")
+    disturbed = max(row.get("disturbed", 0.0) for row in record["cases"])
     versions = [f"{name} is {facts['version']}" for name, facts in engines.items()]
-    return "\n".join([*lines, "", f"- {circumstances(record)}; {'; '.join(versions)}", ""])
+    note = f"others used at most {disturbed:.2f} CPUs during a measurement"
+    return "\n".join([*lines, "", f"- {circumstances(record)}; {note}; {'; '.join(versions)}", ""])
 
 
 def replaced(readme: str, table: str) -> str:

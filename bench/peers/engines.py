@@ -22,6 +22,7 @@ from bench.peers.protocol import Case
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAMES = ("pace_nb", *install.PEERS)
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Launch(NamedTuple):
@@ -112,10 +113,11 @@ class Engine:
         """Bytes of memory that the process has held at most, mapped files counted."""
         return 1024 * int(_status_field(self._process.pid, "VmHWM"))
 
-    def preemptions(self) -> int:
-        """How often the scheduler took a CPU away from one of its threads so far."""
-        tasks = Path(f"/proc/{self._process.pid}/task").iterdir()
-        return sum(int(_status_field(int(t.name), "nonvoluntary_ctxt_switches")) for t in tasks)
+    def cpu_seconds(self) -> float:
+        """CPU time that its threads have used so far."""
+        text = Path(f"/proc/{self._process.pid}/stat").read_text()
+        user, system = text.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / TICKS
 
     def close(self) -> None:
         """End it: by the end of its stdin, or, where that takes 30 s, by force."""
@@ -141,6 +143,14 @@ class Engine:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def machine_cpu_seconds() -> float:
+    """CPU time that all processes have used, and what the hypervisor gave to other machines."""
+    user, nice, system, _, _, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+    )
+    return (user + nice + system + irq + softirq + steal) / TICKS
 
 
 def _status_field(pid: int, field: str) -> str:

@@ -44,13 +44,13 @@ def test_rows_come_in_order_of_files(tmp_path):
 PEERS = {
     "bench": "peers",
     "machine": {"cpu": "EPYC", "threads": 2},
-    "preempted": 3,
     "checkpoint": "llama-3.2-1b",
     "engines": {"pace_nb": {"version": "pace_nb 1"}, "other": {"version": "other 2"}},
     "cases": [
         {
             "case": "decode batch 1",
             "unit": "tok/s",
+            "disturbed": 0.061,
             "median": {"pace_nb": 15.04, "other": 12.0},
             "ratio": {"other": 1.254, "best peer": 1.254},
         },
@@ -65,8 +65,9 @@ def test_peers_have_a_table_of_their_own(tmp_path):
     assert lines[0] == "| llama-3.2-1b | pace_nb | other | to other | to best peer |"
     assert lines[2] == "| decode batch 1, tok/s | 15 | 12 | 1.25 | 1.25 |"
     assert lines[3] == "| peak RSS, GB | 3 |  |  |  |"
-    assert lines[5].endswith(
-        "preempted 3 times during the run; pace_nb is pace_nb 1; other is other 2"
+    assert lines[5] == (
+        "- peers: cpu EPYC, threads 2; others used at most 0.06 CPUs during a measurement; "
+        "pace_nb is pace_nb 1; other is other 2"
     )
     assert sum(line.startswith("| bench | case |") for line in lines) == 1
     assert sum(line.startswith("- norm: ") for line in lines) == 1

@@ -18,7 +18,10 @@ class Scripted:
 
     def __init__(self, name="", step=0.1, log=None):
         self.name, self.step, self.log = name, step, [] if log is None else log
-        self.cases = []
+        self.cases, self.busy = [], 0.0
+
+    def cpu_seconds(self):
+        return 0.0
 
     def ask(self, case):
         self.log.append(self.name)
@@ -63,7 +66,37 @@ def test_throughput_counts_prompt_and_output():
     assert throughput(4, 10, 5).measure(Scripted(), 1) == pytest.approx(4 * 15 / seconds)
 
 
-def test_engines_take_turns_and_only_one_runs():
+@pytest.fixture
+def others(monkeypatch):
+    """CPU seconds that everybody has used, read twice per measurement, and a clock of 1 s each."""
+    used, now = [], itertools.count()
+
+    def machine():
+        return used.pop(0) if used else 0.0
+
+    monkeypatch.setattr(compare.engines, "machine_cpu_seconds", machine)
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(compare.time, "sleep", lambda seconds: None)
+    return used
+
+
+def test_a_disturbed_measurement_is_done_again(others):
+    others += [0.0, 1.0, 1.0, 1.0]  # during the first, others took a CPU for the whole second
+    engine = Scripted()
+    turn = compare.undisturbed(engine, prefill(10), itertools.count())
+    assert turn.disturbed == 0
+    assert sum(case.input_len == 10 for case in engine.cases) == 2
+
+
+def test_the_least_disturbed_counts_after_a_while(others):
+    others += [0.0, 0.9, 0.0, 0.5, 0.0, 0.7, 0.0, 0.8]
+    engine = Scripted()
+    turn = compare.undisturbed(engine, prefill(10), itertools.count())
+    assert turn.disturbed == 0.5
+    assert sum(case.input_len == 10 for case in engine.cases) == compare.PATIENCE
+
+
+def test_engines_take_turns_and_only_one_runs(others):
     log = []
     running = {name: Scripted(name, step, log) for name, step in (("a", 0.1), ("b", 0.2))}
 
@@ -109,7 +142,7 @@ def test_no_ratio_without_two_sides(rounds):
 def test_a_run_replaces_only_what_it_measured():
     def result(**cases):
         rows = [{"case": case.replace("_", " "), "median": m} for case, m in cases.items()]
-        return {"preempted": 1, "engines": {"a": {}}, "cases": rows}
+        return {"engines": {"a": {}}, "cases": rows}
 
     old = result(peak_RSS=1, decode_batch_1=2)
     new = {**result(decode_batch_1=3, prefill_128=4), "engines": {"b": {}}}
@@ -117,7 +150,6 @@ def test_a_run_replaces_only_what_it_measured():
     found = [(row["case"], row["median"]) for row in both["cases"]]
     assert found == [("prefill 128", 4), ("decode batch 1", 3), ("peak RSS", 1)]
     assert both["engines"] == {"a": {}, "b": {}}
-    assert both["preempted"] == 2
     assert merged(None, new) == new
 
 
@@ -125,10 +157,10 @@ def test_record_keeps_the_cases_of_earlier_runs(tmp_path, capsys):
     path = tmp_path / "peers.json"
     for case in ("decode batch 1", "decode batch 8"):
         row = compared(case, "tok/s", {"pace_nb": [2.0], "a": [1.0]})
-        compare.record(path, "tiny", {"preempted": 0, "engines": {}, "cases": [row]}, [0, 1])
+        compare.record(path, "tiny", {"engines": {}, "cases": [row]}, [0, 1])
     content = json.loads(path.read_text())
     assert [row["case"] for row in content["cases"]] == ["decode batch 1", "decode batch 8"]
     assert content["machine"]["threads"] == 2
     assert "a 2.00" in capsys.readouterr().out
-    compare.record(path, "another", {"preempted": 0, "engines": {}, "cases": [row]}, [0])
+    compare.record(path, "another", {"engines": {}, "cases": [row]}, [0])
     assert [row["case"] for row in json.loads(path.read_text())["cases"]] == ["decode batch 8"]
