@@ -9,28 +9,23 @@ every rope_type, tied and untied head.
                  residual += mlp(post_attention_layernorm(residual))
     logits = lm_head(norm(residual))                            f32[R, V], wanted rows only
 
-Each addition is done by the norm that follows it (`delta` below), in one pass over the residual.
+The order of operations is that of `layers/decoder.py`, which adds in the norm that follows.
 Source: transformers 5.19, models/llama.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from pace_nb.batch import Batch
-from pace_nb.kv_cache.base import BatchKV, KVCacheConfig
 from pace_nb.layers.attention import Attention, Step
-from pace_nb.layers.embedding import Embedding
+from pace_nb.layers.decoder import CausalLM, DecoderLayer
 from pace_nb.layers.linear import FusedLinear, Linear
 from pace_nb.layers.mlp import GatedMLP
 from pace_nb.layers.module import Module
-from pace_nb.layers.norm import RMSNorm
-from pace_nb.layers.rope import RopeParameters, RotaryEmbedding, Rotation
+from pace_nb.layers.rope import RopeParameters, Rotation
 from pace_nb.layers.weights import Float32Array
 from pace_nb.models.config_json import ConfigJson
 
@@ -116,83 +111,22 @@ class LlamaMLP(GatedMLP):
 
 
 # ---- DecoderLayer --------------------------------------------------------------------------------
-class LlamaDecoderLayer(Module):
+class LlamaDecoderLayer(DecoderLayer):
     """Attention, then MLP, each on a normalized copy of the residual stream."""
 
     def __init__(self, config: LlamaConfig, layer_index: int) -> None:
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = LlamaAttention(config, layer_index)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
-
-    def __call__(
-        self, residual: Float32Array, delta: Float32Array | None, rotation: Rotation, step: Step
-    ) -> Float32Array:
-        """residual f32[T, E] is updated in place; delta is the MLP output of the layer before,
-        still to be added. Returns this layer's own MLP output."""
-        delta = self.self_attn(self.input_layernorm(residual, delta), rotation, step)
-        return self.mlp(self.post_attention_layernorm(residual, delta))
+        super().__init__(config, LlamaAttention(config, layer_index), LlamaMLP(config))
 
 
 # ---- ForCausalLM ---------------------------------------------------------------------------------
-class LlamaForCausalLM(Module):
-    """`model(batch, kv)` -> hidden f32[T, E], `model.logits(hidden, rows)` -> f32[R, V]."""
+class LlamaForCausalLM(CausalLM):
+    """`model(batch, kv)` -> hidden f32[T, E], `model.logits(hidden, rows)` -> f32[R, V].
+
+    Weight names: those of `layers/decoder.py`.
+    """
 
     config_class = LlamaConfig
 
     def __init__(self, config: LlamaConfig) -> None:
-        self._config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = (
-            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
-        )
-        self._rotary = RotaryEmbedding(config.rope)
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        return self._config.vocab_size
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """The longest sequence the model was made for."""
-        return self._config.max_position_embeddings
-
-    @property
-    def switch_length(self) -> int | None:
-        """A sequence that grows beyond it is computed anew: all its keys rotate otherwise."""
-        return self._config.rope.switch_length
-
-    def kv_cache_config(self, dtype: str) -> KVCacheConfig:
-        """What has to be cached for every token."""
-        c = self._config
-        return KVCacheConfig(
-            c.num_hidden_layers, c.num_key_value_heads, c.head_dim, dtype, c.rope.by_length
-        )
-
-    def __call__(self, batch: Batch, kv: BatchKV) -> Float32Array:
-        """The residual stream after the last layer, f32[T, E]; `logits` applies the final norm."""
-        step = Step.of(batch, kv)
-        rotation = self._rotary(batch.positions, step.sequence_lens)
-        residual = self.embed_tokens(batch.token_ids)
-        delta: Float32Array | None = None
-        for layer in self.layers:
-            delta = layer(residual, delta, rotation, step)
-        return residual if delta is None else np.add(residual, delta, out=residual)
-
-    def logits(self, hidden: Float32Array, rows: NDArray[np.int32]) -> Float32Array:
-        """hidden f32[T, E], rows int32[R] -> f32[R, V]; nothing is computed for the other rows."""
-        x = self.norm(hidden[rows])
-        return self.embed_tokens.project(x) if self.lm_head is None else self.lm_head(x)
-
-    # ---- weight names ----------------------------------------------------------------------------
-    weight_names: ClassVar[Mapping[str, str]] = {
-        "embed_tokens": "model.embed_tokens",
-        "layers": "model.layers",
-        "norm": "model.norm",
-    }
-    # Endings of tensors that may be there without being used: frequencies that old exports saved,
-    # and the copy of a tied head.
-    ignored_weights: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq", "lm_head.weight")
+        layers = [LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        super().__init__(config, layers)

@@ -18,7 +18,7 @@ Source: transformers 5.19, models/llama4; temperature: Nakanishi 2025 (arXiv:250
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -26,18 +26,16 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pace_nb.batch import Batch
 from pace_nb.errors import ModelFormatError
 from pace_nb.kernels import activation
-from pace_nb.kv_cache.base import BatchKV, KVCacheConfig
 from pace_nb.layers.attention import Attention, Step, rotated
-from pace_nb.layers.embedding import Embedding
+from pace_nb.layers.decoder import CausalLM
 from pace_nb.layers.linear import FusedLinear, Linear
 from pace_nb.layers.mlp import GatedMLP, activation_kind
 from pace_nb.layers.module import Module, join
 from pace_nb.layers.moe import Experts, sigmoid, top_experts
 from pace_nb.layers.norm import HeadL2Norm, RMSNorm
-from pace_nb.layers.rope import RopeParameters, RotaryEmbedding, Rotation
+from pace_nb.layers.rope import RopeParameters, Rotation
 from pace_nb.layers.weights import Float32Array
 from pace_nb.models.config_json import ConfigJson
 
@@ -227,58 +225,16 @@ class Llama4DecoderLayer(Module):
 
 
 # ---- ForCausalLM ---------------------------------------------------------------------------------
-class Llama4ForCausalLM(Module):
+class Llama4ForCausalLM(CausalLM):
     """`model(batch, kv)` -> hidden f32[T, E], `model.logits(hidden, rows)` -> f32[R, V]."""
 
     config_class = Llama4Config
 
     def __init__(self, config: Llama4Config) -> None:
-        self._config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Llama4DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = (
-            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
-        )
-        self._rotary = RotaryEmbedding(config.rope, interleaved=True)
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        return self._config.vocab_size
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """The longest sequence the model was made for."""
-        return self._config.max_position_embeddings
-
-    def kv_cache_config(self, dtype: str) -> KVCacheConfig:
-        """What has to be cached for every token."""
-        c = self._config
-        sizes = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
-        return KVCacheConfig(*sizes, dtype, c.rope.by_length)
-
-    def __call__(self, batch: Batch, kv: BatchKV) -> Float32Array:
-        """The residual stream after the last layer, f32[T, E]; `logits` applies the final norm."""
-        step = Step.of(batch, kv)
-        rotation = self._rotary(batch.positions, step.sequence_lens)
-        residual = self.embed_tokens(batch.token_ids)
-        delta = None
-        for layer in self.layers:
-            delta = layer(residual, delta, rotation, step)
-        return residual if delta is None else np.add(residual, delta, out=residual)
-
-    def logits(self, hidden: Float32Array, rows: NDArray[np.int32]) -> Float32Array:
-        """hidden f32[T, E], rows int32[R] -> f32[R, V]; nothing is computed for the other rows."""
-        x = self.norm(hidden[rows])
-        return self.embed_tokens.project(x) if self.lm_head is None else self.lm_head(x)
+        layers = [Llama4DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        super().__init__(config, layers, interleaved=True)
 
     # ---- weight names ----------------------------------------------------------------------------
-    weight_names: ClassVar[Mapping[str, str]] = {
-        "embed_tokens": "model.embed_tokens",
-        "layers": "model.layers",
-        "norm": "model.norm",
-    }
     # The copy of a tied head, and what belongs to images (beginnings have a dot at the end).
     ignored_weights: ClassVar[tuple[str, ...]] = (
         "lm_head.weight",

@@ -37,8 +37,8 @@ class MemorySource:
 def load():
     """load(layer, dtype, tensors): give the layer, whose name is "layer", its tensors."""
 
-    def load(layer, dtype, tensors, name="layer"):
-        source = MemorySource({f"layer.{part}": array for part, array in tensors.items()})
+    def load(layer, dtype, tensors, name="layer", prefix="layer."):
+        source = MemorySource({f"{prefix}{part}": array for part, array in tensors.items()})
         weights = Weights(source, dtype)
         layer.check(weights, name)
         layer.load(weights, name)
