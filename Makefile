@@ -3,7 +3,7 @@
 #
 #   make setup             create .venv with the package and what the tests need
 #   make demo              write a story with the bundled model
-#   make serve             the HTTP server (not built yet: says so)
+#   make serve             serve the bundled model at http://127.0.0.1:8000, with OpenAI's endpoints
 #   make lint              ruff, mypy and typos
 #   make test              the default suite: kernels interpreted, kernels on a generic CPU, everything compiled
 #   make test-long         the property tests with 20 times as many examples
@@ -56,9 +56,8 @@ setup: $(VENV)/.installed-test
 demo: $(VENV)/.installed
 	@$(BIN)/pace-nb generate "Once upon a time" --stats
 
-serve:
-	@echo "make serve: the HTTP server is not built yet (see CHANGELOG.md); $(BIN)/pace-nb chat talks to a model here" >&2
-	@exit 2
+serve: $(VENV)/.installed-server
+	@$(BIN)/pace-nb serve
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

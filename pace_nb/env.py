@@ -6,6 +6,7 @@
     |                     |                 | and pace_nb in it              |                |
     | PACE_NB_NUM_THREADS | integer from 1  | affinity and cgroup            | kernels/jit.py |
     | PACE_NB_DEBUG       | 0/1, false/true | 0                              |                |
+    | PACE_NB_API_KEY     | text            | none                           |                |
 
 `kernels/` imports nothing of the package, so it reads its two variables itself (and numba reads
 `NUMBA_*`). `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` belong to huggingface_hub, which reads them.
@@ -55,3 +56,8 @@ def debug() -> bool:
     if value in _TRUE | _FALSE:
         return value in _TRUE
     raise ConfigError(f"PACE_NB_DEBUG={value!r}: expected 0 or 1")
+
+
+def api_key() -> str | None:
+    """PACE_NB_API_KEY: what clients of the server must send; None where it is not set."""
+    return os.environ.get("PACE_NB_API_KEY") or None

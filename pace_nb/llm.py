@@ -51,6 +51,10 @@ from pace_nb.tokenizer import Tokenizer
 Sampling = SamplingParams | Sequence[SamplingParams] | None
 """For all prompts, one for each, or None for the model's own (`get_default_sampling_params`)."""
 
+# Prompts whose first step holds one long, one short and one single-token sequence, and whose next
+# steps decode several sequences at once: every kernel, with every type of argument.
+WARM_UP_LENGTHS = (40, 3, 1)
+
 
 class LLM:
     """A model ready to generate. A context manager; `close` lets its memory go.
@@ -65,6 +69,7 @@ class LLM:
         config: EngineConfig.
         directory: Where the model lies.
         max_model_len: Longest sequence, prompt and output together.
+        num_kv_tokens: Tokens that the KV cache holds, all requests together.
         kv_cache_arithmetic: How the size of the KV cache came about, in one line.
 
     Raises:
@@ -76,6 +81,7 @@ class LLM:
         self._text, engine = open_model(self.config)
         self.directory = self._text.directory
         self.max_model_len = self._text.max_model_len
+        self.num_kv_tokens = engine.num_kv_tokens
         self.kv_cache_arithmetic = self._text.kv_cache_arithmetic
         self._engine: Engine | None = engine
         self._submissions: Submissions | None = Submissions(engine)
@@ -166,6 +172,13 @@ class LLM:
         """Take what is left of a submission out of the engine; twice is once."""
         if self._submissions is not None:
             self._submissions.withdraw(submission)
+
+    def warm_up(self) -> None:
+        """Compile or load every kernel of the model: prefill, decode, one sequence and several."""
+        longest = self.max_model_len - 2
+        prompts = [[0] * max(1, min(length, longest)) for length in WARM_UP_LENGTHS]
+        params = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False, seed=0)
+        self.generate(prompts, params, use_tqdm=False)
 
     def get_load(self) -> EngineLoad:
         """How busy the engine is."""

@@ -53,6 +53,7 @@ class Tokenizer:
         eos_token_ids: frozenset of int.
         bos_token_id: int or None.
         vocab_size: int.
+        special_tokens: dict, name -> text.
         special_token_ids: frozenset of int: what `skip_special_tokens` skips.
         chat_template: ChatTemplate; empty where the model has none.
         detokenizer: Detokenizer.
@@ -83,6 +84,7 @@ class Tokenizer:
                 vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
             alone = backend.encode("", add_special_tokens=True).ids
         self._backend = backend
+        self.special_tokens = dict(special_tokens)
         self.vocab_size = vocab_size
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
         self.eos_token_ids = frozenset(eos_token_ids)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pace_nb.cli import options as shared
-from pace_nb.cli.warmup import run_every_kernel
 from pace_nb.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def run_latency(options: argparse.Namespace) -> dict[str, Any]:
         return tqdm(iterations, desc="iterations")
 
     with shared.open_llm(options) as llm:
-        run_every_kernel(llm)
+        llm.warm_up()
         latencies = offline.latency(
             llm,
             input_len=options.input_len,
@@ -158,7 +157,7 @@ def run_throughput(options: argparse.Namespace) -> dict[str, Any]:
     from pace_nb.benchmarks import offline
 
     with shared.open_llm(options) as llm:
-        run_every_kernel(llm)
+        llm.warm_up()
         elapsed, prompt_tokens, output_tokens = offline.throughput(
             llm,
             input_len=options.input_len,

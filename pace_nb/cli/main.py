@@ -26,6 +26,7 @@ VERBS = {
     "generate": "write on after a prompt",
     "chat": "talk with a model",
     "run-batch": "answer a file of requests",
+    "serve": "answer over HTTP, as OpenAI's API does",
     "tokenize": "show the tokens of a text",
     "warmup": "compile a model's kernels ahead of time",
     "bench": "measure latency, throughput, startup or kernels",

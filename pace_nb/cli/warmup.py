@@ -11,10 +11,6 @@ from pace_nb.cli import options as shared
 if TYPE_CHECKING:
     from pace_nb.llm import LLM
 
-# Prompts whose first step holds one long, one short and one single-token sequence, and whose next
-# steps decode several sequences at once: every kernel, with every type of argument.
-PROMPT_LENGTHS = (40, 3, 1)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, and how it will be run."""
@@ -37,16 +33,6 @@ def warm_up(llm: LLM) -> str:
     from pace_nb.kernels import jit
 
     compiled, start = jit.num_compiled(), time.perf_counter()
-    run_every_kernel(llm)
+    llm.warm_up()
     seconds = time.perf_counter() - start
     return f"kernels ready in {seconds:.1f} s, {jit.num_compiled() - compiled} of them compiled now"
-
-
-def run_every_kernel(llm: LLM) -> None:
-    """Prefill, decode, one sequence and several."""
-    from pace_nb.sampling_params import SamplingParams
-
-    longest = llm.max_model_len - 2
-    prompts = [[0] * max(1, min(length, longest)) for length in PROMPT_LENGTHS]
-    params = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False, seed=0)
-    llm.generate(prompts, params, use_tqdm=False)

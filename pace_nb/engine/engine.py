@@ -188,6 +188,11 @@ class Engine:
         )
 
     @property
+    def num_kv_tokens(self) -> int:
+        """Tokens that the KV cache holds, all requests together."""
+        return self._cache.num_total_tokens
+
+    @property
     def vocab_size(self) -> int:
         """V."""
         return self._runner.vocab_size

@@ -6,14 +6,13 @@ import pytest
 
 from pace_nb import LLM, SamplingParams
 from pace_nb.cli.main import main
-from pace_nb.cli.warmup import run_every_kernel
 from pace_nb.kernels import jit
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_nothing_is_compiled_afterwards(dtype):
     with LLM(dtype=dtype) as llm:
-        run_every_kernel(llm)
+        llm.warm_up()
         compiled = jit.num_compiled()
         prompts = ["a", "Once upon a time there was " * 12, "b c"]
         llm.generate(prompts, SamplingParams(max_tokens=4, logprobs=2), use_tqdm=False)
@@ -24,7 +23,7 @@ def test_nothing_is_compiled_afterwards(dtype):
 
 def test_a_context_shorter_than_its_prompts():
     with LLM(kernels="reference", max_model_len=3) as llm:
-        run_every_kernel(llm)
+        llm.warm_up()
 
 
 def test_it_says_what_it_did(capsys):

@@ -1,0 +1,165 @@
+"""Serve a model over HTTP, with OpenAI's endpoints. GET /health says when it is ready."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pace_nb import env
+from pace_nb.cli import options as shared
+from pace_nb.errors import ConfigError
+
+# Option -> Limits field. None means: not given on the command line.
+LIMITS = {
+    "max_num_queued_reqs": "max_queued_requests",
+    "max_num_queued_tokens": "max_queued_tokens",
+    "queue_timeout": "queue_timeout",
+    "max_body_bytes": "max_body_bytes",
+    "max_header_bytes": "max_header_bytes",
+    "header_timeout": "header_timeout",
+    "body_timeout": "body_timeout",
+    "send_timeout": "send_timeout",
+    "timeout_keep_alive": "keep_alive_timeout",
+    "sse_ping_interval": "keep_alive_interval",
+    "limit_concurrency": "max_connections",
+    "shutdown_timeout": "shutdown_timeout",
+    "watchdog_timeout": "watchdog_timeout",
+    "max_engine_restarts": "max_restarts",
+}
+DEMO_NAME = "pace-nb-demo"
+ENGINE_FIELDS = (
+    "dtype", "kernels", "max_model_len", "kv_cache", "block_size", "enable_prefix_caching",
+    "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "kv_cache_memory_bytes",
+    "scheduling_policy",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model, engine, where to listen, who may ask, how much of everything."""
+    shared.add_model_arguments(parser, positional=True)
+    parser.add_argument(
+        "--served-model-name", "--alias", "-a", nargs="+", metavar="NAME",
+        help="what clients call the model (default: as it was given)",
+    )  # fmt: skip
+    shared.add_engine_arguments(parser)
+    engine = parser.add_argument_group("serving many at a time").add_argument
+    engine("--max-num-seqs", "--parallel", "-np", type=int, metavar="N",
+           help="sequences that run at a time, in each engine")  # fmt: skip
+    engine("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step")
+    engine("--enable-chunked-prefill", action=argparse.BooleanOptionalAction, default=True,
+           help="long prompts run in pieces between the others' tokens")  # fmt: skip
+    engine("--scheduling-policy", choices=("fcfs", "priority"),
+           help="who goes first: who came first, or the least priority of a request")  # fmt: skip
+    engine("--kv-cache-memory-bytes", type=int, metavar="BYTES", help="size of the KV cache")
+    engine("--data-parallel-size", "-dp", type=int, default=1, metavar="N",
+           help="engines, each a process with cores and a copy of the model")  # fmt: skip
+    engine("--seed", type=int, help="of requests that bring none (default: another each time)")
+    http = parser.add_argument_group("http").add_argument
+    http("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    http("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    http("--uds", metavar="PATH", help="listen on a Unix socket instead")
+    http("--api-key", action="append", default=[], metavar="KEY",
+         help="let in only requests with it (repeatable; PACE_NB_API_KEY is safer)")  # fmt: skip
+    http("--api-key-file", metavar="FILE", help="the same, one key per line")
+    http("--insecure-no-auth", action="store_true",
+         help="let others reach the server without any key")  # fmt: skip
+    http("--allowed-hosts", nargs="+", default=[], metavar="NAME",
+         help="names by which the server may be called")  # fmt: skip
+    http("--allowed-origins", "--cors-origins", nargs="+", default=[], metavar="ORIGIN",
+         help="of web pages elsewhere that may ask ('*': any)")  # fmt: skip
+    http("--disable-access-log", action="store_true", help="no line for each request")
+    http("--metrics-prefix", default="pace_nb", metavar="NAME",
+         help="of names at /metrics; vllm for its dashboards (default: %(default)s)")  # fmt: skip
+    http("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    http("--log-format", default="text", choices=("text", "json"))
+    _add_limits(parser)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    from pace_nb.server.limits import Limits
+
+    kinds = {field.name: field for field in fields(Limits)}
+    limits = parser.add_argument_group("limits").add_argument
+    for option, name in LIMITS.items():
+        default = kinds[name].default
+        limits(
+            f"--{option.replace('_', '-')}",
+            type=float if isinstance(default, float) else int,
+            metavar="SECONDS" if isinstance(default, float) else "N",
+            help=f"default: {'by max_num_seqs and KV cache' if default is None else default}",
+        )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until Ctrl-C or SIGTERM."""
+    try:
+        from pace_nb.server.engine_client import EngineOptions
+        from pace_nb.server.run import run as run_server
+        from pace_nb.server.settings import Settings
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{error.name} is not installed: the server needs pip install 'pace-nb[server]'"
+        ) from error
+    from pace_nb.config import EngineConfig
+    from pace_nb.server.limits import Limits
+
+    given = {
+        field: getattr(options, option)
+        for option, field in LIMITS.items()
+        if getattr(options, option) is not None
+    }
+    settings = Settings(
+        host=options.host,
+        port=options.port,
+        uds=options.uds,
+        api_keys=_keys(options),
+        insecure_no_auth=options.insecure_no_auth,
+        allowed_hosts=tuple(options.allowed_hosts),
+        allowed_origins=tuple(options.allowed_origins),
+        served_model_names=tuple(options.served_model_name or [options.model or DEMO_NAME]),
+        data_parallel_size=options.data_parallel_size,
+        metrics_prefix=options.metrics_prefix,
+        log_requests=not options.disable_access_log,
+        limits=Limits(**given),
+    )
+    engine: dict[str, Any] = {
+        name: value for name in ENGINE_FIELDS if (value := getattr(options, name)) is not None
+    }
+    engine["num_threads"] = options.threads
+    engine["seed"] = secrets.randbits(32) if options.seed is None else options.seed
+    config = EngineConfig(**engine)  # what it refuses, it refuses here
+    return run_server(
+        settings,
+        EngineOptions(
+            model=shared.resolve_model(options).resolve(),
+            options=engine,
+            log_level=options.log_level,
+            log_format=options.log_format,
+        ),
+        config.max_num_seqs,
+        options.log_level,
+        options.log_format,
+    )
+
+
+def _keys(options: argparse.Namespace) -> tuple[str, ...]:
+    """From the command line, the file and the variable together."""
+    keys = [*options.api_key]
+    if options.api_key_file is not None:
+        try:
+            lines = Path(options.api_key_file).read_text("ascii").splitlines()
+        except OSError as error:
+            raise ConfigError(f"--api-key-file {options.api_key_file}: {error.strerror}") from error
+        except UnicodeDecodeError:
+            raise ConfigError(f"--api-key-file {options.api_key_file}: expected ASCII") from None
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise ConfigError(f"--api-key-file {options.api_key_file}: no key in it")
+        keys += found
+    variable = env.api_key()
+    if variable:
+        keys.append(variable)
+    return tuple(keys)

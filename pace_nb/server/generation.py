@@ -1,0 +1,346 @@
+"""A generation on its way through the server: from body to prompts, to engines, to the answer.
+
+Knows the order of things and that whatever is begun is ended. Does not know OpenAI's shapes
+(`pace_nb/openai_api/`) or how engines are reached.
+
+    read the body      -> ChatBody or CompletionBody     400, 404, 413
+    admit              its sequences are counted         503
+    prompts            text -> token ids, in a thread    400
+    submit             to engines                        503
+    answer             one JSON object, or events as news comes
+
+What ends it, besides its own end: the client goes (its sequences are aborted, at once), its engine
+dies, the server shuts down, it waits or is read too slowly. Before anything was sent that is an
+HTTP status; in a stream it is an event with an error, then `[DONE]`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pace_nb.errors import ApiError, InvalidRequestError
+from pace_nb.openai_api import request_body
+from pace_nb.openai_api.request_body import ChatBody, CompletionBody
+from pace_nb.openai_api.response_body import ChatResponse, CompletionResponse, Json, error_body
+from pace_nb.outputs import RequestOutput
+from pace_nb.server import wire
+from pace_nb.server.answers import DONE, EventStream, comment, event, json_response
+from pace_nb.server.engine_client import EngineClient, Ticket
+from pace_nb.server.guard import CLIENT_CLOSED, request_id
+from pace_nb.server.incoming import read_json_body
+from pace_nb.server.mailbox import Mailbox
+from pace_nb.server.router import Admission
+from pace_nb.server.service import Service
+
+CHARACTERS_PER_TOKEN: Final = 8  # a prompt of more than so many times the context is not even read
+CHARACTERS_MARGIN: Final = 4096
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """text: None where it came as token ids."""
+
+    text: str | None
+    token_ids: list[int]
+
+
+async def chat_completions(request: Request) -> Response:
+    """POST /v1/chat/completions"""
+    service: Service = request.app.state.service
+    raw = await read_json_body(request, service.settings.limits)
+    body = request_body.read_chat(raw, service.default_params)
+    _refuse_what_is_not_built(body)
+    answer = ChatAnswer(
+        ChatResponse(
+            body,
+            response_id=f"chatcmpl-{request_id(request.scope)}",
+            model=service.settings.served_model_names[0],
+            tokenizer=service.tokenizer,
+        )
+    )
+    return await generate(request, service, body, raw, answer)
+
+
+async def completions(request: Request) -> Response:
+    """POST /v1/completions"""
+    service: Service = request.app.state.service
+    raw = await read_json_body(request, service.settings.limits)
+    body = request_body.read_completion(raw, service.default_params)
+    _refuse_what_is_not_built(body)
+    answer = CompletionAnswer(
+        CompletionResponse(
+            body,
+            response_id=f"cmpl-{request_id(request.scope)}",
+            model=service.settings.served_model_names[0],
+            tokenizer=service.tokenizer,
+        )
+    )
+    return await generate(request, service, body, raw, answer)
+
+
+class ChatAnswer:
+    """What a chat's outputs become. The place for whatever reads a message out of the text: tool
+    calls, reasoning, channels."""
+
+    def __init__(self, response: ChatResponse) -> None:
+        self._response = response
+
+    def whole(self, outputs: list[RequestOutput]) -> Json:
+        """The body of the answer that does not stream."""
+        return self._response.whole(outputs[0])
+
+    def chunks(self, prompt_index: int, news: RequestOutput) -> list[Json]:
+        """The events for news."""
+        return self._response.chunks(news)
+
+    def usage_chunk(self) -> Json:
+        """The last event, where it was asked for."""
+        return self._response.usage_chunk()
+
+
+class CompletionAnswer:
+    """What the outputs of prompts become."""
+
+    def __init__(self, response: CompletionResponse) -> None:
+        self._response = response
+
+    def whole(self, outputs: list[RequestOutput]) -> Json:
+        """The body of the answer that does not stream."""
+        return self._response.whole(outputs)
+
+    def chunks(self, prompt_index: int, news: RequestOutput) -> list[Json]:
+        """The events for news."""
+        return self._response.chunks(prompt_index, news)
+
+    def usage_chunk(self) -> Json:
+        """The last event, where it was asked for."""
+        return self._response.usage_chunk()
+
+
+async def generate(
+    request: Request,
+    service: Service,
+    body: ChatBody | CompletionBody,
+    raw: Json,
+    answer: ChatAnswer | CompletionAnswer,
+) -> Response:
+    """The answer to a body that was read."""
+    request_body.check_model(body.model, service.settings.served_model_names)
+    num_prompts = len(body.prompts) if isinstance(body, CompletionBody) else 1
+    exchange = Exchange(request, service, num_prompts)
+    try:
+        exchange.admit(num_prompts * body.params.n)
+        prompts = await read_prompts(service, body)
+        for prompt in prompts:
+            _check_length(service, body, raw, prompt)
+        exchange.submit(prompts, body)
+        await exchange.accepted(service.settings.limits.keep_alive_interval)
+        if not body.stream:
+            return json_response(answer.whole(await exchange.outputs()))
+    except BaseException:
+        exchange.close()
+        raise
+    finally:
+        if not body.stream:
+            exchange.close()
+    return EventStream(
+        _events(exchange, body, answer), service.settings.limits.send_timeout, exchange.close
+    )
+
+
+class Exchange:
+    """One HTTP request's sequences in the engines, from admission to `close`."""
+
+    def __init__(self, request: Request, service: Service, num_prompts: int) -> None:
+        self.mailbox: Mailbox = service.open_mailbox(num_prompts)
+        self._service = service
+        self._request = request
+        self._num_prompts = num_prompts
+        self._admission: Admission | None = None
+        self._tickets: list[tuple[EngineClient, Ticket]] = []
+        self._watching: asyncio.Task[None] = asyncio.create_task(self._watch())
+
+    @property
+    def keep_alive_interval(self) -> float:
+        """Seconds that a stream may be silent."""
+        return self._service.settings.limits.keep_alive_interval
+
+    def admit(self, num_sequences: int) -> None:
+        """Count them. ApiError 503: no room, no engine, or the server is about to go."""
+        if self._service.draining:
+            self._service.metrics.rejected("draining")
+            raise ApiError("the server is shutting down", status=503)
+        try:
+            self._admission = self._service.router.admit(num_sequences)
+        except ApiError:
+            self._service.metrics.rejected("full" if self._service.ready else "not_ready")
+            raise
+
+    def submit(self, prompts: list[Prompt], body: ChatBody | CompletionBody) -> None:
+        """Give the prompts to engines. ApiError as from `Router.submit`."""
+        if self.mailbox.error is not None:  # the client went while its prompts were read
+            raise self.mailbox.error
+        arrival: float = self._request.scope["state"]["arrival_time"]
+        for index, prompt in enumerate(prompts):
+            try:
+                found = self._service.router.submit(
+                    self.mailbox,
+                    index,
+                    prompt.text,
+                    prompt.token_ids,
+                    body.params,
+                    cache_salt=body.cache_salt,
+                    priority=body.priority,
+                    arrival_time=arrival,
+                )
+            except ApiError:
+                self._service.metrics.rejected("tokens")
+                raise
+            self._tickets.append(found)
+
+    async def accepted(self, timeout: float) -> None:
+        """Wait until the engines have judged all prompts, at most so long. ApiError: refused."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self.mailbox.accepted.wait()
+        if self.mailbox.error is not None:
+            raise self.mailbox.error
+
+    async def outputs(self) -> list[RequestOutput]:
+        """All prompts' finished outputs. ApiError: the request failed."""
+        whole: dict[int, RequestOutput] = {}
+        while not self.mailbox.finished:
+            for index, news in await self.mailbox.get(self._service.settings.limits.send_timeout):
+                whole[index] = wire.merge(whole[index], news) if index in whole else news
+        outputs = [whole[index] for index in range(self._num_prompts)]
+        for output in outputs:
+            output.outputs.sort(key=lambda one: one.index)
+        return outputs
+
+    def close(self) -> None:
+        """Take out what has not finished; twice is once."""
+        self._watching.cancel()
+        for engine, ticket in self._tickets:
+            engine.abort(ticket)
+        self._tickets.clear()
+        if self._admission is not None:
+            self._admission.release()
+        self._service.close_mailbox(self.mailbox)
+
+    async def _watch(self) -> None:
+        """When the client goes, so do its sequences, whatever is being waited for."""
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        if self.mailbox.finished:
+            return
+        self._service.metrics.disconnected()
+        for engine, ticket in self._tickets:
+            engine.abort(ticket)
+        self.mailbox.fail(ApiError("the client closed the connection", status=CLIENT_CLOSED))
+
+
+async def read_prompts(service: Service, body: ChatBody | CompletionBody) -> list[Prompt]:
+    """A body's prompts as token ids. ApiError for those that cannot be."""
+    try:
+        if isinstance(body, ChatBody):
+            check_characters(service, _characters(body.messages), "messages")
+            chat = await service.in_reader(
+                lambda: service.tokenizer.encode_chat(body.messages, **body.chat_options)
+            )
+            return [Prompt(chat.text, chat.token_ids)]
+        special = body.add_special_tokens is not False
+        prompts = []
+        for prompt in body.prompts:
+            if isinstance(prompt, str):
+                check_characters(service, len(prompt), "prompt")
+                ids = await service.in_reader(service.tokenizer.encode, prompt, special)
+                prompts.append(Prompt(prompt, ids))
+            else:
+                prompts.append(Prompt(None, prompt))
+        return prompts
+    except InvalidRequestError as error:
+        if isinstance(error, ApiError):
+            raise
+        name = "messages" if isinstance(body, ChatBody) else "prompt"
+        raise ApiError(str(error), param=name) from None
+
+
+async def _events(
+    exchange: Exchange, body: ChatBody | CompletionBody, answer: ChatAnswer | CompletionAnswer
+) -> AsyncGenerator[bytes]:
+    """The bytes of a stream; ends with `[DONE]`, whatever happens."""
+    mailbox = exchange.mailbox
+    interval = exchange.keep_alive_interval
+    try:
+        while not mailbox.finished:
+            news = await mailbox.get(interval)
+            if not news:
+                yield comment(_progress(mailbox))
+                continue
+            chunks = [chunk for index, output in news for chunk in answer.chunks(index, output)]
+            if chunks:
+                yield b"".join(map(event, chunks))
+        if body.stream_options.include_usage:
+            yield event(answer.usage_chunk())
+    except ApiError as error:
+        yield event(error_body(error))
+    yield DONE
+
+
+def _progress(mailbox: Mailbox) -> str:
+    """mlx-lm's form: tokens of prompts that were computed, of all that are being computed."""
+    computed = sum(one.num_computed for one in mailbox.progress.values())
+    total = sum(one.num_tokens for one in mailbox.progress.values())
+    return f"keepalive {computed}/{total}"
+
+
+def _check_length(
+    service: Service, body: ChatBody | CompletionBody, raw: Json, prompt: Prompt
+) -> None:
+    """Refuse what cannot fit, in the words that clients look for."""
+    longest = service.max_model_len
+    if longest is None or body.params.truncate_prompt_tokens is not None:
+        return
+    asked = raw.get("max_completion_tokens") or raw.get("max_tokens") or 1
+    if len(prompt.token_ids) + asked > longest:
+        raise ApiError(
+            f"This model's maximum context length is {longest} tokens. However, you requested "
+            f"{len(prompt.token_ids) + asked} tokens ({len(prompt.token_ids)} in the "
+            f"{'messages' if isinstance(body, ChatBody) else 'prompt'}, {asked} in the completion)",
+            param="messages" if isinstance(body, ChatBody) else "prompt",
+        )
+
+
+def check_characters(service: Service, num_characters: int, name: str) -> None:
+    """Refuse, before it is read, text that no context could hold."""
+    longest = service.max_model_len
+    if longest is None:
+        return
+    most = CHARACTERS_PER_TOKEN * longest + CHARACTERS_MARGIN
+    if num_characters > most:
+        raise ApiError(
+            f"This model's maximum context length is {longest} tokens. However, your {name} has "
+            f"{num_characters} characters, more than {most}",
+            param=name,
+        )
+
+
+def _characters(messages: list[dict[str, Any]]) -> int:
+    return sum(len(one["content"]) for one in messages if isinstance(one.get("content"), str))
+
+
+def _refuse_what_is_not_built(body: ChatBody | CompletionBody) -> None:
+    """Fields that would change the answer must not be ignored."""
+    for name in ("response_format", "structured_outputs"):
+        if getattr(body, name) is not None:
+            raise ApiError(f"{name} is not supported yet, expected text", param=name)
+    if isinstance(body, ChatBody) and body.tool_choice not in ("none", "auto"):
+        raise ApiError("tool_choice is not supported yet, expected 'auto' or 'none'",
+                       param="tool_choice")  # fmt: skip

@@ -1,0 +1,164 @@
+"""`Guard`: what stands before every route. Who is this, is it a browser that was lured, is it JSON?
+
+Knows HTTP headers. Does not know what routes do. Everything is refused that is not let through:
+
+- a key, in `Authorization: Bearer`, for every path that is not in OPEN_PATHS, whether it exists or
+  not. The path is the one that routing looks at (CVE-2026-48746), and digests are compared, all of
+  them, in constant time (CVE-2025-59425);
+- `Host` must be one of ours where only this machine can connect: a page whose name was pointed at
+  127.0.0.1 says its own (DNS rebinding, CVE-2024-28224);
+- `Origin`, which browsers add, must be ours or allowed, and a POST must be application/json, which
+  a page elsewhere cannot send unasked;
+- no encoded bodies: there is nothing to unpack, so there are no bombs.
+
+It gives every request an id, catches what routes let fall (the client learns the id, the log the
+rest), and writes the line about it. Text of requests is never written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pace_nb.errors import ApiError
+from pace_nb.server.answers import error_response
+from pace_nb.server.settings import Settings
+
+_log = logging.getLogger("pace_nb.server.requests")
+
+OPEN_PATHS: Final = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
+QUIET_PATHS: Final = OPEN_PATHS | {"/metrics"}  # asked every few seconds
+REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+CLIENT_CLOSED: Final = 499  # nginx's, for the log: nobody was there to be answered
+
+
+class Guard:
+    """An ASGI app around another.
+
+    observe: called with method, path and status of each request.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: Settings, observe: Callable[[str, str, int], None]
+    ) -> None:
+        self._app = app
+        self._settings = settings
+        self._observe = observe
+        self._keys = [_digest(key.encode()) for key in settings.api_keys]
+        self._hosts = settings.host_names
+        self._origins = {origin.lower().rstrip("/") for origin in settings.allowed_origins}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = time.monotonic()
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
+        scope.setdefault("state", {})["request_id"] = request_id
+        scope["state"]["arrival_time"] = start
+        status = CLIENT_CLOSED
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                ]
+            await send(message)
+
+        try:
+            refused = self._refusal(scope, headers)
+            if refused is None:
+                await self._app(scope, receive, send_with_id)
+            else:
+                await error_response(refused)(scope, receive, send_with_id)
+        except Exception as error:
+            if isinstance(error, TimeoutError) and status != CLIENT_CLOSED:
+                _log.warning("%s: the client reads too slowly, it is cut off", request_id)
+                return  # in the middle of an answer: the connection is closed
+            _log.exception("request %s failed", request_id)
+            if status == CLIENT_CLOSED:
+                told = ApiError(
+                    f"something went wrong here; the log knows more under {request_id}", status=500
+                )
+                await error_response(told)(scope, receive, send_with_id)
+            else:
+                raise  # the answer is under way: the connection is cut
+        finally:
+            self._observe(scope["method"], scope["path"], status)
+            if self._settings.log_requests and scope["path"] not in QUIET_PATHS:
+                _log.info(
+                    "%s %s %d %.3f s id=%s",
+                    scope["method"], scope["path"][:200], status, time.monotonic() - start,
+                    request_id,
+                )  # fmt: skip
+
+    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        host = headers.get("host", "").lower()
+        if self._hosts and host and _name(host) not in self._hosts:
+            return ApiError("this Host is not served here; see --allowed-hosts", status=403)
+        origin = headers.get("origin")
+        if origin is not None and not self._is_allowed(origin.lower(), host):
+            return ApiError("this Origin may not ask here; see --allowed-origins", status=403)
+        if self._keys and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
+            return ApiError("a valid API key is needed: Authorization: Bearer KEY", status=401)
+        if scope["method"] in ("POST", "PUT", "PATCH"):
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                return ApiError("Content-Type must be application/json", status=415)
+        encoding = headers.get("content-encoding", "identity").strip().lower()
+        if encoding != "identity":
+            return ApiError("Content-Encoding is not supported", status=415)
+        return None
+
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = _digest(key.strip().encode("utf-8", "surrogateescape"))
+        found = False
+        for digest in self._keys:  # all of them, whichever is right
+            found |= secrets.compare_digest(given, digest)
+        return found and scheme.lower() == "bearer"
+
+    def _is_allowed(self, origin: str, host: str) -> bool:
+        if "*" in self._origins or origin.rstrip("/") in self._origins:
+            return True
+        return bool(host) and origin.partition("://")[2] == host
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0]
+
+
+def _request_id(headers: Headers) -> str:
+    """The caller's own, where it is harmless; else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+
+
+def request_id(scope: Any) -> str:
+    """The id that the guard gave a request."""
+    found: str = scope["state"]["request_id"]
+    return found

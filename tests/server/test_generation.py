@@ -1,0 +1,426 @@
+"""Generations over real HTTP: what OpenAI's client gets, what is refused, what is freed when."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+import time
+
+import openai
+import pytest
+
+from pace_nb.llm import LLM
+from pace_nb.sampling_params import SamplingParams
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+STORY = "Once upon a time"
+LONG = 1000  # tokens: a generation that takes a second or two
+
+
+@pytest.fixture(scope="module")
+def llm():
+    """The same model in this process, with the compiled kernels that the server has."""
+    with LLM(num_threads=1) as llm:
+        yield llm
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(
+        base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0
+    ) as client:
+        yield client
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+# ---- the answers are the model's ---------------------------------------------------------------
+def test_the_client_gets_what_the_model_says(client, llm):
+    params = SamplingParams(temperature=0, max_tokens=20)
+    (expected,) = llm.generate([STORY], params, use_tqdm=False)
+    (model,) = client.models.list().data
+    got = client.completions.create(model=model.id, prompt=STORY, max_tokens=20, temperature=0)
+    assert got.choices[0].text == expected.outputs[0].text
+    assert got.choices[0].finish_reason == expected.outputs[0].finish_reason == "length"
+    assert got.usage.prompt_tokens == len(expected.prompt_token_ids)
+    assert (got.usage.completion_tokens, got.object, got.model) == (20, "text_completion", model.id)
+    pieces = client.completions.create(
+        model=model.id, prompt=STORY, max_tokens=20, temperature=0, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    *chunks, last = list(pieces)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == got.choices[0].text
+    assert len(chunks) > 10 and chunks[-1].choices[0].finish_reason == "length"
+    assert last.choices == [] and last.usage.completion_tokens == 20
+    assert {chunk.id for chunk in chunks} == {last.id}
+
+
+def test_chat_through_the_client(client, llm):
+    messages = [{"role": "system", "content": "Be kind."}, *user("Tell me a story about a cat.")]
+    params = SamplingParams(temperature=0, max_tokens=30)
+    (expected,) = llm.chat([messages], params, use_tqdm=False)
+    options = {"model": "pace-nb-demo", "messages": messages, "temperature": 0}
+    got = client.chat.completions.create(**options, max_completion_tokens=30)
+    assert got.choices[0].message.content == expected.outputs[0].text
+    assert got.choices[0].message.role == "assistant" and got.object == "chat.completion"
+    assert got.usage.prompt_tokens == len(expected.prompt_token_ids)
+    chunks = list(client.chat.completions.create(**options, max_tokens=30, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == expected.outputs[0].text
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert chunks[-1].choices[0].delta.content is None
+    assert all(chunk.object == "chat.completion.chunk" for chunk in chunks)
+
+
+def test_content_parts_and_no_max_tokens(client):
+    got = client.chat.completions.create(
+        model="", messages=[{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+        temperature=0, stop=["."],
+    )  # fmt: skip
+    assert got.choices[0].finish_reason == "stop" and "." not in got.choices[0].message.content
+
+
+def test_R56_logprobs_of_a_chat(client, llm):
+    got = client.chat.completions.create(
+        model="pace-nb-demo", messages=user("Hi"), temperature=0, max_tokens=8, logprobs=True,
+        top_logprobs=3,
+    )  # fmt: skip
+    params = SamplingParams(temperature=0, max_tokens=8, logprobs=3)
+    (expected,) = llm.chat([user("Hi")], params, use_tqdm=False)
+    content = got.choices[0].logprobs.content
+    assert len(content) == got.usage.completion_tokens
+    for one, token_id, entries in zip(
+        content, expected.outputs[0].token_ids, expected.outputs[0].logprobs, strict=True
+    ):
+        assert one.logprob == entries[token_id].logprob
+        assert len(one.top_logprobs) == 3
+    data = b"".join(bytes(one.bytes) for one in content)
+    assert data.decode().startswith(got.choices[0].message.content)
+
+
+def test_R57_echo_and_logprobs_of_many_prompts_as_lm_eval_asks(server, llm):
+    tokenizer = llm.get_tokenizer()
+    prompts = [tokenizer.encode(text) for text in ("The cat sat", STORY, "A")]
+    reply = server.complete(prompts, max_tokens=1, logprobs=1, echo=True, seed=1234)
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=1, prompt_logprobs=1)
+    expected = llm.generate(prompts, params, use_tqdm=False)
+    choices = sorted(reply.json()["choices"], key=lambda choice: choice["index"])
+    assert [choice["index"] for choice in choices] == [0, 1, 2]
+    for choice, output, ids in zip(choices, expected, prompts, strict=True):
+        found = choice["logprobs"]
+        assert found["token_logprobs"][0] is None
+        assert found["token_logprobs"][1:-1] == [
+            entries[token_id].logprob
+            for token_id, entries in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+        ]
+        assert len(found["token_logprobs"]) == len(ids) + 1  # and the one that is new
+        for value, top in list(zip(found["token_logprobs"], found["top_logprobs"], strict=True))[
+            1:
+        ]:
+            assert value <= max(top.values())
+        assert found["text_offset"] == sorted(found["text_offset"])
+    alone = server.complete(prompts[1], max_tokens=0, logprobs=1, echo=True).json()["choices"][0]
+    assert alone["logprobs"]["token_logprobs"] == choices[1]["logprobs"]["token_logprobs"][:-1]
+
+
+def test_n_completions_of_several_prompts(server):
+    body = {"n": 2, "max_tokens": 4, "temperature": 1.0, "seed": 5}
+    whole = server.complete([STORY, "The"], **body).json()
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
+    assert whole["choices"][0]["text"] != whole["choices"][1]["text"]
+    assert whole["usage"]["completion_tokens"] == 16
+    *events, done = server.events(prompt=[STORY, "The"], **body)
+    texts = dict.fromkeys(range(4), "")
+    for event in events:
+        for choice in json.loads(event)["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert [texts[i] for i in range(4)] == [choice["text"] for choice in whole["choices"]]
+    assert done == "[DONE]"
+
+
+def test_D6_a_seed_is_the_same_text_every_time(server):
+    texts = {
+        server.complete(temperature=1.0, seed=7, max_tokens=12).json()["choices"][0]["text"]
+        for _ in range(3)
+    }
+    assert len(texts) == 1
+
+
+def test_D1_a_request_is_the_same_among_others(server):
+    alone = server.complete(max_tokens=40, logprobs=2, seed=3, temperature=0.9).json()["choices"]
+    threads = [
+        threading.Thread(target=server.complete, args=(f"{i} The",), kwargs={"max_tokens": 60})
+        for i in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    among = server.complete(max_tokens=40, logprobs=2, seed=3, temperature=0.9).json()["choices"]
+    for thread in threads:
+        thread.join()
+    assert among == alone
+
+
+def test_the_cache_of_a_beginning_is_told(server):
+    prompt = [7] * 100
+    server.complete(prompt, max_tokens=1, cache_salt="x")
+    usage = server.complete(prompt, max_tokens=1, cache_salt="x").json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= 64
+    usage = server.complete(prompt, max_tokens=1, cache_salt="y").json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "error, kind, options",
+    [
+        (openai.NotFoundError, "NotFoundError", {"model": "no-such-model"}),
+        (openai.NotFoundError, "NotFoundError", {"model": "/etc/passwd"}),
+        (openai.BadRequestError, "BadRequestError", {"temperature": -1}),
+        (openai.BadRequestError, "BadRequestError", {"max_tokens": 10**6}),
+        (openai.BadRequestError, "BadRequestError", {"n": 0}),
+    ],
+)
+def test_errors_of_the_client(client, error, kind, options):
+    with pytest.raises(error) as caught:
+        client.completions.create(**{"model": "pace-nb-demo", "prompt": "a", **options})
+    assert caught.value.body["type"] == kind and caught.value.body["message"]
+    assert caught.value.response.headers["x-request-id"]
+
+
+def test_S6_a_model_that_is_a_path_is_only_a_name(server):
+    here = server.complete(model="/etc/passwd").error
+    missing = server.complete(model="/no/such/file").error
+    assert here["message"].replace("/etc/passwd", "X") == (
+        missing["message"].replace("/no/such/file", "X")
+    )
+
+
+def test_a_context_that_is_too_long_is_told_in_the_words_that_clients_know(server):
+    for reply in (
+        server.complete([5] * 1020, max_tokens=10),
+        server.complete("a " * 2000, max_tokens=1),
+        server.complete("x" * 20000),
+        server.post(CHAT, {"messages": user("hi " * 1500)}),
+        server.post(CHAT, {"messages": user("x" * 20000)}),
+        server.complete([5] * 1024),
+    ):
+        assert reply.status == 400, reply.body
+        assert "maximum context length is 1024 tokens" in reply.error["message"]
+    assert server.complete([5] * 1020, max_tokens=4).status == 200
+    assert server.complete([5] * 2000, truncate_prompt_tokens=10, max_tokens=1).status == 200
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", [], [[]], [""], "   ", "\0", "\ud800", [-1], [1536], [2**40]]
+)
+def test_S17_prompts_that_are_hardly_any(server, prompt):
+    reply = server.complete(prompt, max_tokens=1)
+    assert reply.status in (200, 400)
+    if prompt in ([], [[]], "\ud800", [-1], [1536], [2**40]):
+        assert reply.status == 400 and reply.error["message"]
+
+
+def test_S17_chats_that_are_hardly_any(server):
+    for messages, status in [
+        ([], 400), (None, 400), ([{}], 400), ([{"role": "user"}], 400), (user(""), 200),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "http://x"}]}], 400),
+        ([{"role": "", "content": "a"}], 400), ([{"role": "wizard", "content": "a"}], 400),
+    ]:  # fmt: skip
+        reply = server.post(CHAT, {"messages": messages, "max_tokens": 1})
+        assert reply.status == status, (messages, reply.body)
+
+
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**63,
+    1.5,
+    -0.0,
+    "",
+    "x",
+    "\ud800",
+    "\0",
+    [],
+    [1],
+    {},
+    {"a": 1},
+]
+FIELDS = """
+model prompt messages n best_of temperature top_p top_k min_p seed stop stop_token_ids max_tokens
+min_tokens logprobs top_logprobs prompt_logprobs logit_bias echo stream stream_options user suffix
+presence_penalty frequency_penalty repetition_penalty response_format tools tool_choice cache_salt
+priority request_id add_special_tokens ignore_eos skip_special_tokens truncate_prompt_tokens
+chat_template chat_template_kwargs documents continue_final_message bad_words allowed_token_ids
+""".split()
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_S16_S19_S25_every_type_in_every_field(server, path):
+    """Never a 500, never a hang, and the server goes on."""
+    connection = server.connection()
+    for field in FIELDS:
+        for value in VALUES:
+            body = {"prompt": "a", "messages": user("a"), "max_tokens": 1, field: value}
+            body.pop("messages" if path == COMPLETIONS and field != "messages" else "", None)
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            data = response.read()
+            assert response.status in (200, 400, 404), (field, value, data)
+            if response.status != 200:
+                assert json.loads(data)["error"]["message"]
+    connection.close()
+
+
+def test_what_is_not_built_is_refused_by_name(server):
+    tool = {"type": "function", "function": {"name": "f"}}
+    for field, options in [
+        ("response_format", {"response_format": {"type": "json_object"}}),
+        ("tool_choice", {"tools": [tool], "tool_choice": "required"}),
+    ]:
+        reply = server.post(CHAT, {"messages": user("a"), **options})
+        assert reply.status == 400 and reply.error["param"] == field
+    assert server.complete(suffix="b").error["param"] == "suffix"
+
+
+# ---- what ends it ------------------------------------------------------------------------------
+def disconnects(server):
+    return server.metric("client_disconnects_total")
+
+
+def cut(connection):
+    """Close at once, with a reset."""
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+@pytest.mark.parametrize("path, body", [(COMPLETIONS, {}), (CHAT, {"messages": user("a story")})])
+def test_R1_a_client_that_goes_in_the_middle_of_its_stream(server, waiting, path, body):
+    before = disconnects(server)
+    connection, response = server.open_stream(path, max_tokens=900, ignore_eos=True, **body)
+    assert response.read(6) == b"data: "
+    waiting(lambda: server.metric("num_requests_running") == 1, 2)
+    response.close()
+    cut(connection)
+    start = time.monotonic()
+    server.idle()
+    assert time.monotonic() - start < 0.5
+    assert disconnects(server) == before + 1
+
+
+def test_R2_a_client_that_goes_before_its_answer(server, waiting):
+    before = disconnects(server)
+    connection = server.connection()
+    body = {"prompt": STORY, "max_tokens": 900, "ignore_eos": True, "n": 2}
+    connection.request("POST", COMPLETIONS, json.dumps(body), {"Content-Type": "application/json"})
+    waiting(lambda: server.metric("num_requests_running") == 2, 5)
+    connection.close()
+    start = time.monotonic()
+    server.idle()
+    assert time.monotonic() - start < 0.5
+    assert disconnects(server) == before + 1
+    server.logged(f"POST {COMPLETIONS} 499")
+
+
+def test_R3_a_client_that_goes_while_it_waits_and_while_its_prompt_is_read(tight, waiting):
+    running, response = tight.open_stream(max_tokens=900, ignore_eos=True)
+    assert response.read(6) == b"data: "
+    queued, _ = tight.open_stream(max_tokens=5)
+    waiting(lambda: tight.metric("num_requests_waiting") == 1, 2)
+    queued.close()
+    waiting(lambda: tight.metric("num_requests_waiting") == 0, 2)
+    response.close()
+    cut(running)
+    tight.idle()
+    prefill, _ = tight.open_stream(prompt=[9] * 900, max_tokens=1)  # 57 steps
+    cut(prefill)
+    tight.idle()
+
+
+def test_R5_many_that_come_and_go(server):
+    files = server.metrics()["process_open_fds"]
+    for i in range(60):
+        connection, response = server.open_stream(max_tokens=200, ignore_eos=True)
+        if i % 3:
+            response.read(i)
+        response.close()
+        (cut if i % 2 else type(connection).close)(connection)
+    server.idle()
+    assert server.metrics()["process_open_fds"] <= files + 2
+
+
+def test_R6_one_prompt_of_many_that_cannot_be(server):
+    reply = server.complete([[5, 6], [10**6]], max_tokens=2)
+    assert reply.status == 400 and "1000000" in reply.error["message"]
+    server.idle()
+
+
+def test_R10_R12_a_full_server_says_so_at_once(tight):
+    """One runs, two wait, the next is refused; those that wait too long are told."""
+    running, response = tight.open_stream(max_tokens=1000, ignore_eos=True)
+    assert response.read(6) == b"data: "
+    queued = [tight.open_stream(max_tokens=1) for _ in range(2)]
+    start = time.monotonic()
+    reply = tight.complete(max_tokens=1)
+    assert time.monotonic() - start < 0.5
+    assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+    assert reply.error["type"] == "ServiceUnavailableError" and "full" in reply.error["message"]
+    assert tight.metric('request_rejected_total{reason="full"}') >= 1
+    for connection, waited in queued:
+        text = waited.read().decode()
+        assert "keepalive" in text  # R16: a stream is not silent while it waits
+        assert text.endswith("data: [DONE]\n\n")
+        connection.close()
+    response.close()
+    running.close()
+
+
+def test_R16_a_long_prompt_is_not_silent_and_tells_how_far_it_is(tight):
+    connection, response = tight.open_stream(
+        prompt=[11] * 1000, max_tokens=1, n=1, cache_salt=str(time.monotonic())
+    )
+    text = response.read().decode()
+    connection.close()
+    comments = [part for part in text.split("\n\n") if part.startswith(":")]
+    done = [int(part.removeprefix(": keepalive ").partition("/")[0]) for part in comments]
+    assert done == sorted(done) and any(0 < one < 1000 for one in done)
+    assert any(part.endswith("/1000") for part in comments)
+    assert text.endswith("data: [DONE]\n\n")
+
+
+def test_S18_a_health_check_is_quick_while_long_prompts_are_read(server):
+    slowest = [0.0]
+    stop = threading.Event()
+
+    def look():
+        while not stop.is_set():
+            start = time.monotonic()
+            assert server.get("/health/live").status == 200
+            slowest[0] = max(slowest[0], time.monotonic() - start)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for _ in range(20):
+        server.post("/tokenize", {"prompt": "the cat sat " * 1000})
+        server.complete("the cat sat " * 1000, max_tokens=1)
+    stop.set()
+    looking.join()
+    assert slowest[0] < 1.0  # alone it is below 0.1 s; tests share the machine
+
+
+def test_J12_nothing_is_compiled_once_it_is_ready(server):
+    """All of the above has run by now."""
+    compiled = server.metric("jit_kernels_compiled_total")
+    server.complete(n=3, logprobs=2, max_tokens=3, temperature=0.7, top_k=5, min_p=0.1, seed=1)
+    assert server.metric("jit_kernels_compiled_total") == compiled
+    (line,) = [one for one in server.log().splitlines() if "kernels in" in one]
+    assert f"({int(compiled)} compiled)" in line

@@ -1,0 +1,61 @@
+"""A whole server that cannot start says why in one line, and with which code."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+
+import pytest
+
+import pace_nb
+
+
+def fails(server):
+    code = server.process.wait(60)
+    return code, server.log().strip().splitlines()[-1]
+
+
+def test_an_address_that_is_taken(start):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, line = fails(start("--port", str(port)))
+    assert code == 2
+    assert line == (
+        f"pace-nb: error: cannot listen on 127.0.0.1 port {port}: Address already in use"
+    )
+
+
+def test_what_the_engine_refuses_is_the_servers_last_word(start):
+    server = start("--max-model-len", "5000")
+    code, line = fails(server)
+    assert code == 2 and "Traceback" not in server.log()
+    assert line.startswith("pace-nb: error: max_model_len is 5000")
+
+
+def test_a_model_without_a_tokenizer(start, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(pace_nb.__path__[0] + "/demo", model)
+    (model / "tokenizer.json").unlink()
+    code, line = fails(start(str(model)))
+    assert code == 2 and "tokenizer.json: missing" in line
+
+
+def test_an_engine_that_dies_for_good_ends_the_server(start, waiting):
+    import os
+    import signal
+
+    server = start("--max-engine-restarts", "0").ready()
+    os.kill(server.engine_pids()[0], signal.SIGKILL)
+    assert server.process.wait(30) == 1
+    assert "given up" in server.log() and "Traceback" not in server.log()
+
+
+def test_the_log_can_be_json(start):
+    import json
+
+    server = start("--log-format", "json").listening()
+    lines = [json.loads(line) for line in server.log().splitlines()]
+    assert any("serves pace-nb-demo (this machine only, no API key)" in x["message"] for x in lines)
+    assert pytest.approx(lines[0]["time"], abs=3600) == __import__("time").time()
