@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Integral, Real
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from pace_nb.errors import InvalidRequestError
 
@@ -81,6 +81,9 @@ class SamplingParams:
         logit_bias: Added to the logits: token id -> bias. At most 1024 entries, -100 to 100.
         allowed_token_ids: Only these may be generated. None is all.
         bad_words: Strings whose token sequences must not be generated. At most 128.
+        token_mask: Which tokens may be generated next, for grammars: an array bool[V], or int32 of
+            ceil(V / 32) words whose bit i % 32 of word i // 32 is token i (llguidance's form); or a
+            function that is given the ids generated so far and returns such an array. None is all.
         truncate_prompt_tokens: Keep only the last so many prompt tokens; -1 keeps what the context
             holds. None refuses a prompt that is too long.
         output_kind: What the outputs of `AsyncLLM` hold. Elsewhere the method says: `generate` and
@@ -112,6 +115,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] = ()
+    token_mask: Any = field(default=None, compare=False)
     truncate_prompt_tokens: int | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
@@ -145,6 +149,11 @@ class SamplingParams:
         if self.logit_bias is not None:
             self._store("logit_bias", _logit_bias(self.logit_bias) or None)
 
+        if self.token_mask is not None and not (
+            callable(self.token_mask) or hasattr(self.token_mask, "dtype")
+        ):
+            _refuse("token_mask", self.token_mask, "a NumPy array, a function or None")
+
         if self.max_tokens is not None:
             self._store("max_tokens", _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS))
         self._store("min_tokens", _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS))
@@ -175,6 +184,22 @@ class SamplingParams:
     def _store(self, name: str, value: object) -> None:
         """Put the normalised value in place (the class is frozen for everyone else)."""
         object.__setattr__(self, name, value)
+
+    @property
+    def only_greedy(self) -> bool:
+        """True where the largest logits decide as they are, and no logprobs are asked for."""
+        return (
+            self.greedy
+            and self.logprobs is None
+            and self.prompt_logprobs is None
+            and not self.logit_bias
+            and self.allowed_token_ids is None
+            and self.token_mask is None
+            and not self.min_tokens
+            and self.repetition_penalty == 1
+            and not self.frequency_penalty
+            and not self.presence_penalty
+        )
 
     @property
     def greedy(self) -> bool:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pace_nb.config import EngineConfig
 from pace_nb.engine.model_runner import FORWARD_ID, Float32Array, ModelRunner
 from pace_nb.engine.request import Request
-from pace_nb.engine.sampler import Sampled, Sampler
+from pace_nb.engine.sampler import Sampled, Sampler, packed
 from pace_nb.engine.scheduler import Scheduled, Scheduler
 from pace_nb.engine.stopping import check_tokens
 from pace_nb.errors import InvalidRequestError, WrongThreadError
@@ -73,7 +73,7 @@ class Engine:
         self._cache = cache
         self._runner = ModelRunner(model, cache, config)
         self._scheduler = Scheduler(config, cache)
-        self._sampler = Sampler(config.seed)
+        self._sampler = Sampler(config.seed, config.kernels)
         self._requests: dict[str, Request] = {}  # unfinished
         self._num_arrived = 0
         self._num_step_tokens = 0
@@ -117,6 +117,11 @@ class Engine:
         self.check_token_ids("stop_token_ids entry", params.stop_token_ids)
         self.check_token_ids("allowed_token_ids entry", params.allowed_token_ids or ())
         self.check_token_ids("logit_bias key", params.logit_bias or ())
+        if params.token_mask is not None and not callable(params.token_mask):
+            try:
+                packed(params.token_mask, self.vocab_size)
+            except ValueError as error:
+                raise InvalidRequestError(f"token_mask {error}") from None
         for word in request.bad_words_token_ids:
             self.check_token_ids("token id of a bad word", word)
         if len(prompt) >= self.max_model_len:
@@ -293,5 +298,6 @@ class Engine:
     def _finish(self, request: Request, finish_reason: FinishReason) -> None:
         del self._requests[request.request_id]
         self._scheduler.finish(request, zero=finish_reason == "error")
+        self._sampler.forget(request)
         request.finish_reason = finish_reason
         request.metrics.finished_time = time.monotonic()

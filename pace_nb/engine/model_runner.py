@@ -42,7 +42,7 @@ class StepLogits:
         """R: rows there are."""
         return len(self._logits_rows)
 
-    def rows(self, indices: NDArray[np.int64]) -> Float32Array:
+    def rows(self, indices: NDArray[np.int64] | slice) -> Float32Array:
         """f32[len(indices), V]: the given rows, counted within `Batch.logits_rows`."""
         return self._runner.logits(self._hidden, self._logits_rows[indices])
 

@@ -44,6 +44,8 @@ class Request:
         priority: Lower runs first, where the engine's scheduling policy is "priority".
         seed: Of its random numbers; set by the engine where `params.seed` is None.
         arrival: Its number in order of arrival, set by the engine.
+        takes_largest: Its tokens are those of the largest logits and nothing else is asked of them:
+            greedy, nothing changes its logits, no logprobs.
         token_ids: The prompt, then what was generated.
         num_computed_tokens: How many of them have keys and values in the cache.
         num_cached_tokens: How many of its prompt it did not compute: the cache had them.
@@ -66,6 +68,7 @@ class Request:
     seed: int = 0
     arrival: int = 0
     status: RequestStatus = RequestStatus.WAITING
+    takes_largest: bool = field(init=False)
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
@@ -77,6 +80,7 @@ class Request:
     error: str | None = None
 
     def __post_init__(self) -> None:
+        self.takes_largest = self.params.only_greedy and not self.bad_words_token_ids
         self.token_ids = list(self.prompt_token_ids)
         self.logprobs = None if self.params.logprobs is None else []
         self.prompt_logprobs = None if self.params.prompt_logprobs is None else [None]

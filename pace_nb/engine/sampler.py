@@ -1,38 +1,38 @@
-"""`Sampler`: rows of logits in, next tokens and log-probabilities out. It keeps no state.
+"""`Sampler`: rows of logits in, next tokens and log-probabilities out.
 
-Knows the arithmetic of sampling. Does not know models, schedules, caches or text.
+Knows which arrays of kernels/sampling.py a request's parameters become. Does not know models,
+schedules, caches or text; the arithmetic is in the kernels.
 
 One row of logits l f32[V] becomes a token in this order (vLLM's):
 
     1. log-probabilities are reported from here: the model's own logits, before anything below
-    2. logit_bias added; all but allowed_token_ids, and ends of bad_words, to -inf
-    3. fewer than min_tokens generated: tokens that would end the request to -inf
-    4. repetition_penalty r on tokens of prompt and output:  l / r where l > 0, else l * r
-       frequency_penalty, presence_penalty on tokens of the output:  l - f * count - p
-    5. greedy (temperature < 1e-5): the largest l, ties to the lowest id; done
-    6. l / temperature
-    7. min_p:  keep where probability >= min_p * largest probability
-    8. top_k:  keep the k largest, and what ties with the last of them
-    9. top_p:  keep the shortest head of the likeliest that reaches top_p of what 8 kept,
-               ties in order of id
-    10. one uniform number u picks from what is kept, in order of id:
-               the first id where the sum of probabilities exceeds u
+    2. token_mask, allowed_token_ids, ends of bad_words and, while fewer than min_tokens are
+       generated, tokens that would end the request: -inf;  logit_bias is added
+    3. repetition_penalty on tokens of prompt and output, then frequency_penalty and
+       presence_penalty on tokens of the output
+    4. greedy (temperature < 1e-5): the largest l, ties to the lowest id; done
+    5. temperature, min_p, top_k, top_p, and one draw: `kernels.sampling.sample`
 
-u comes from Philox, keyed by the request's seed, at the counter of the output position. So it needs
-no state and does not depend on what else runs, on preemption or on how the prompt was cut.
-Every row is reduced by itself, in the order of its elements: the same bits in any batch.
+The random number is keyed by the request's seed, at the counter of the output position. So a token
+does not depend on what else runs, on preemption or on how the prompt was cut; and rows are
+independent, so its bits are those it has alone.
+
+What a request's parameters become is kept from its first token until `forget`, and penalised tokens
+are counted as they come: a step costs what is new. All of it can be made again from the request, so
+sampling a step twice, or after it failed, gives the same.
 
 A logprob's rank is 1 + the number of tokens that are likelier, or as likely and of lower id.
 
 A row whose largest logit is not finite (NaN anywhere, +inf, or nothing but -inf) fails its request,
 with the reason, and no other.
-Source: vLLM v1 `vllm/v1/sample/`; Salmon et al. 2011 (Philox).
+Source: vLLM v1 `vllm/v1/sample/`.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +40,10 @@ from numpy.typing import NDArray
 from pace_nb.engine.request import Request
 from pace_nb.engine.scheduler import Scheduled
 from pace_nb.engine.stopping import ending_token_ids
+from pace_nb.kernels import jit
+from pace_nb.kernels.logprobs import Logprobs, token_logprobs
+from pace_nb.kernels.sampling import NEUTRAL, NUM_SETTINGS, Drawn, Edits, greedy, sample
 from pace_nb.outputs import Logprob, TokenLogprobs
-from pace_nb.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from pace_nb.engine.model_runner import StepLogits
@@ -50,7 +52,6 @@ Float32Array = NDArray[np.float32]
 Int64Array = NDArray[np.int64]
 
 PROMPT_ROWS = 64  # rows of prompt logits that exist at the same time: 33 MB of f32 at V = 128k
-FIRST_HEAD = 256  # likeliest tokens that top_p looks at first; nearly always enough
 
 
 class Sampled(NamedTuple):
@@ -66,228 +67,353 @@ class Sampled(NamedTuple):
     error: str | None = None
 
 
-class _BadLogitsError(Exception):
-    """A row from which no token can be taken; the message says why."""
+class _FailedError(Exception):
+    """A request from whose row no token can be taken; the message says why."""
 
 
 class Sampler:
-    """Picks tokens (`sample`) and hands out seeds (`draw_seed`)."""
+    """Picks tokens (`sample`) and hands out seeds (`draw_seed`). kernels: as in EngineConfig."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, kernels: Literal["numba", "reference"] = "numba") -> None:
         self._seed = seed % 2**64
+        self._kernels = kernels
+        self._kept: dict[Request, _Kept] = {}
+        self._free_slots: list[int] = []
+        self._settings = np.empty((0, NUM_SETTINGS))
+        self._seeds = np.empty(0, np.uint64)
 
     def draw_seed(self, arrival: int) -> int:
         """Seed of the request that is the `arrival`-th and brought none."""
         # The upper half of the 128-bit key keeps this stream apart from those of requests.
         return int(np.random.Philox(key=self._seed + 2**64, counter=arrival).random_raw())
 
+    def forget(self, request: Request) -> None:
+        """The request has ended: nothing is kept for it any more."""
+        kept = self._kept.pop(request, None)
+        if kept is not None:
+            self._free_slots.append(kept.slot)
+
     def sample(self, scheduled: Sequence[Scheduled], logits: StepLogits) -> list[Sampled]:
         """One result per scheduled request, in order. logits: the rows that `Request.num_logits`
         asked for, request after request."""
-        num_rows = [request.num_logits(num_tokens) for request, num_tokens in scheduled]
-        ends = np.cumsum(num_rows, dtype=np.int64)
-        catches_up = [request.num_behind == num_tokens for request, num_tokens in scheduled]
-        last_rows = logits.rows(ends[catches_up] - 1)  # f32[R, V], one per request that catches up
-        greedy = last_rows.argmax(axis=1)  # NaN counts as largest; ties go to the lowest id
-        largest = last_rows[np.arange(len(greedy)), greedy]
+        with jit.using(self._kernels):
+            for request, num_tokens in scheduled:
+                if not request.takes_largest or num_tokens != request.num_behind:
+                    return self._sample(scheduled, logits)
+            tokens, largest = greedy(logits.rows(slice(None)))
+            return [
+                Sampled((token,)) if token >= 0 else Sampled(error=_bad_logits(largest[row]))
+                for row, token in enumerate(tokens.tolist())
+            ]
 
-        results = []
-        row = 0
-        for (request, _), end, num, catching_up in zip(
-            scheduled, ends.tolist(), num_rows, catches_up, strict=True
-        ):
-            num_prompt_rows = num - catching_up
+    def _sample(self, scheduled: Sequence[Scheduled], logits: StepLogits) -> list[Sampled]:
+        """`sample` for whatever requests ask for."""
+        results: list[Sampled] = []
+        drawing: list[int] = []  # which of the results get a token
+        end = 0
+        last_rows: list[int] = []
+        for request, num_tokens in scheduled:
+            start, end = end, end + request.num_logits(num_tokens)
+            catches_up = request.num_behind == num_tokens
             try:
-                prompt_logprobs = _prompt_logprobs(request, logits, end - num, num_prompt_rows)
-                if not catching_up:
-                    result = Sampled(prompt_logprobs=prompt_logprobs)
-                else:
-                    _check(float(largest[row]))
-                    plain = request.params.greedy and not _changes_logits(request)
-                    token = int(greedy[row]) if plain else sample_row(last_rows[row], request)
-                    result = Sampled(
-                        (token,), _token_logprobs(last_rows[row], token, request), prompt_logprobs
-                    )
-            except _BadLogitsError as problem:
-                result = Sampled(error=str(problem))
-            results.append(result)
-            row += catching_up
+                entries = _prompt_logprobs(request, logits, start, end - catches_up)
+            except _FailedError as problem:
+                results.append(Sampled(error=str(problem)))
+                continue
+            if catches_up:
+                drawing.append(len(results))
+                last_rows.append(end - 1)
+            results.append(Sampled(prompt_logprobs=entries))
+        if drawing:
+            requests = [scheduled[index].request for index in drawing]
+            rows = logits.rows(np.array(last_rows))
+            for index, drawn in zip(drawing, self._draw(requests, rows), strict=True):
+                if drawn.error is None:
+                    drawn = drawn._replace(prompt_logprobs=results[index].prompt_logprobs)
+                results[index] = drawn
         return results
 
+    def _draw(self, requests: Sequence[Request], rows: Float32Array) -> list[Sampled]:
+        """The next token of each request from its row of rows f32[R, V], with its logprobs."""
+        slots, positions, errors, changes = [], [], [], []
+        for request in requests:
+            kept = self._kept.get(request) or self._keep(request, rows.shape[1])
+            error, change = None, NO_CHANGE
+            try:
+                if kept.changes_logits:
+                    change = kept.change(request)
+            except _FailedError as problem:
+                error = str(problem)
+            slots.append(kept.slot)
+            positions.append(request.num_generated_tokens)
+            errors.append(error)
+            changes.append(change)
+        drawn = sample(
+            rows,
+            self._settings,
+            self._seeds,
+            np.array(slots, np.int64),
+            np.array(positions, np.int64),
+            _edits(changes),
+        )
+        tokens = drawn.tokens.tolist()
+        entries = _token_logprobs(requests, rows, tokens)
+        results = []
+        for row, (token, error) in enumerate(zip(tokens, errors, strict=True)):
+            if error is None and token < 0:
+                error = _why_none(drawn, row)
+            if error is None:
+                results.append(Sampled((token,), entries.get(row, ())))
+            else:
+                results.append(Sampled(error=error))
+        return results
 
-def sample_row(logits: Float32Array, request: Request) -> int:
-    """The next token of `request` from its row f32[V], which stays as it is (steps 2 to 10)."""
-    params = request.params
-    if _changes_logits(request):
-        logits = _changed(logits.copy(), request)
-        if logits.max() == -np.inf:
-            raise _BadLogitsError(
-                "no token is left to sample: allowed_token_ids, bad_words and min_tokens rule out "
-                "every one"
-            )
-    if params.greedy:
-        return int(logits.argmax())
-
-    kept, weights = candidates(logits, params)
-    cumulative = np.cumsum(weights)
-    total = cumulative[-1]
-    drawn = cumulative.searchsorted(uniform(request) * total, side="right")
-    # u * total may round up to total: then it is the last token that has any weight.
-    index = int(min(drawn, cumulative.searchsorted(total, side="left")))
-    return index if kept is None else int(kept[index])
-
-
-def candidates(
-    logits: Float32Array, params: SamplingParams
-) -> tuple[Int64Array | None, NDArray[np.float64]]:
-    """Steps 6 to 9 on a row f32[V]: ids that may be drawn, ascending (None = all), and weights.
-
-    A weight is the probability over that of the likeliest token.
-    """
-    with np.errstate(over="ignore"):  # what is too far below the largest is -inf
-        scaled = (logits - logits.max()) / np.float32(params.temperature)  # the largest is 0
-    kept: Int64Array | None = None
-    floor = np.float32(-np.inf)
-    if params.min_p > 0:
-        floor = np.float32(np.log(params.min_p))
-    if 0 < params.top_k < len(scaled):
-        floor = max(floor, np.partition(scaled, -params.top_k)[-params.top_k])
-    if floor > -np.inf:
-        kept = np.flatnonzero(scaled >= floor)
-        scaled = scaled[kept]
-    weights = np.exp(scaled).astype(np.float64)
-    if params.top_p < 1:
-        head = _top_p(scaled, weights, params.top_p)
-        kept = head if kept is None else kept[head]
-        weights = weights[head]
-    return kept, weights
-
-
-def uniform(request: Request) -> float:
-    """u in [0, 1) with 53 bits, for the request's next output position."""
-    philox = np.random.Philox(key=request.seed, counter=request.num_generated_tokens)
-    return float(int(philox.random_raw()) >> 11) * 2.0**-53
-
-
-def likeliest(values: Float32Array, n: int) -> Int64Array:
-    """Indices of the `n` largest of values[V], the largest first, ties in order of index.
-
-    O(V + n log n): a partition finds the n-th largest, only what reaches it is sorted.
-    """
-    if n < len(values):
-        candidates = np.flatnonzero(values >= np.partition(values, -n)[-n])
-    else:
-        candidates = np.arange(len(values))
-    return candidates[np.argsort(-values[candidates], kind="stable")][:n]
+    def _keep(self, request: Request, vocab_size: int) -> _Kept:
+        """Give the request a row of the settings, and remember what it changes in its logits."""
+        if not self._free_slots:
+            num = len(self._seeds)
+            more = max(8, num)
+            self._settings = np.vstack([self._settings, np.tile(NEUTRAL, (more, 1))])
+            self._seeds = np.append(self._seeds, np.zeros(more, np.uint64))
+            self._free_slots = list(range(num, num + more))[::-1]
+        slot, params = self._free_slots.pop(), request.params
+        self._settings[slot] = (
+            0.0 if params.greedy else params.temperature,
+            params.top_k,
+            params.top_p,
+            np.log(params.min_p) if params.min_p else -np.inf,
+            params.repetition_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
+        )
+        self._seeds[slot] = request.seed
+        kept = self._kept[request] = _Kept(slot, request, vocab_size)
+        return kept
 
 
-def log_softmax(logits: Float32Array) -> Float32Array:
-    """l - max - log(sum(exp(l - max))) of a row f32[V], the sum in float64."""
-    shifted: Float32Array = logits - logits.max()
-    return shifted - np.float32(np.log(np.exp(shifted).sum(dtype=np.float64)))
+# ---- what a request changes in its logits --------------------------------------------------------
+class _Change(NamedTuple):
+    """One row's part of `Edits`. mask: int32[ceil(V / 32)] or None."""
+
+    mask: NDArray[np.int32] | None = None
+    add_ids: Sequence[int] = ()
+    add_values: Sequence[float] = ()
+    seen_ids: Sequence[int] = ()
+    seen_counts: Sequence[int] = ()
 
 
-def _check(largest: float) -> None:
-    """_BadLogitsError unless a row with this largest logit (NaN if it holds any) is sound."""
-    if not np.isfinite(largest):
-        raise _BadLogitsError(
-            f"the model gave logits whose largest is {largest}, expected a finite number; its "
-            "weights, finite as they are, may be damaged"
+NO_CHANGE = _Change()
+
+
+class _Kept:
+    """What a request's parameters have become. slot: its row of settings and seeds."""
+
+    def __init__(self, slot: int, request: Request, vocab_size: int) -> None:
+        params = request.params
+        self.slot = slot
+        self._vocab_size = vocab_size
+        self._bias = params.logit_bias or {}
+        self._allowed = None
+        if params.allowed_token_ids is not None:
+            allowed = np.zeros(vocab_size, bool)
+            allowed[list(params.allowed_token_ids)] = True
+            self._allowed = packed(allowed, vocab_size)
+        self._ending = [
+            token_id
+            for token_id in ending_token_ids(params, request.eos_token_ids)
+            if params.min_tokens and token_id < vocab_size
+        ]
+        self._seen: _Seen | None = None
+        if (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (
+            1,
+            0,
+            0,
+        ):
+            self._seen = _Seen(request)
+        self.changes_logits = bool(
+            self._bias
+            or self._allowed is not None
+            or self._ending
+            or self._seen is not None
+            or request.bad_words_token_ids
+            or params.token_mask is not None
         )
 
+    def change(self, request: Request) -> _Change:
+        """What the request does to the row of its next token."""
+        add_ids, add_values = list(self._bias), list(self._bias.values())
+        banned = _bad_word_ends(request)
+        if request.num_generated_tokens < request.params.min_tokens:
+            banned += self._ending
+        add_ids += banned
+        add_values += [-np.inf] * len(banned)
+        mask = self._allowed
+        if request.params.token_mask is not None:
+            own = _token_mask(request, self._vocab_size)
+            mask = own if mask is None else own & mask
+        if self._seen is None:
+            return _Change(mask, add_ids, add_values)
+        self._seen.count(request.token_ids)
+        return _Change(mask, add_ids, add_values, self._seen.ids, self._seen.counts)
 
-def _changes_logits(request: Request) -> bool:
-    """Whether steps 2 to 4 do anything."""
-    params = request.params
-    return bool(
-        params.logit_bias
-        or params.allowed_token_ids is not None
-        or request.bad_words_token_ids
-        or request.num_generated_tokens < params.min_tokens
-        or params.repetition_penalty != 1
-        or params.frequency_penalty
-        or params.presence_penalty
-    )
+
+class _Seen:
+    """The different tokens of a request, and how often each is in its output."""
+
+    def __init__(self, request: Request) -> None:
+        self.ids = array("q")
+        self.counts = array("q")
+        self._index: dict[int, int] = {}
+        self._num_counted = 0
+        self._num_prompt = request.num_prompt_tokens
+
+    def count(self, token_ids: Sequence[int]) -> None:
+        """Count what has been added to the request's tokens since the last call."""
+        for position in range(self._num_counted, len(token_ids)):
+            token_id = token_ids[position]
+            index = self._index.setdefault(token_id, len(self.ids))
+            if index == len(self.ids):
+                self.ids.append(token_id)
+                self.counts.append(0)
+            self.counts[index] += position >= self._num_prompt
+        self._num_counted = len(token_ids)
 
 
-def _changed(logits: Float32Array, request: Request) -> Float32Array:
-    """Steps 2 to 4 on a row that may be written to."""
-    params = request.params
+def _bad_word_ends(request: Request) -> list[int]:
+    """Last tokens of the bad words that the output so far would complete."""
+    if not request.bad_words_token_ids:
+        return []
     generated = request.generated_token_ids
-    if params.logit_bias:
-        logits[list(params.logit_bias)] += np.fromiter(params.logit_bias.values(), np.float32)
-    if params.allowed_token_ids is not None:
-        allowed = list(params.allowed_token_ids)
-        kept = logits[allowed]
-        logits[:] = -np.inf
-        logits[allowed] = kept
+    ends = []
     for word in request.bad_words_token_ids:
         start = len(generated) - (len(word) - 1)
         if start >= 0 and generated[start:] == list(word[:-1]):
-            logits[word[-1]] = -np.inf
-    if len(generated) < params.min_tokens:
-        ending = ending_token_ids(params, request.eos_token_ids)
-        logits[[token_id for token_id in ending if token_id < len(logits)]] = -np.inf
-    if params.repetition_penalty != 1:
-        penalty = np.float32(params.repetition_penalty)
-        seen = np.unique(np.array(request.token_ids))
-        values = logits[seen]
-        logits[seen] = np.where(values > 0, values / penalty, values * penalty)
-    if generated and (params.frequency_penalty or params.presence_penalty):
-        seen, counts = np.unique(np.array(generated), return_counts=True)
-        logits[seen] -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
-        logits[seen] -= np.float32(params.presence_penalty)
-    return logits
+            ends.append(word[-1])
+    return ends
 
 
-def _top_p(scaled: Float32Array, weights: NDArray[np.float64], top_p: float) -> Int64Array:
-    """Indices, ascending, of the shortest head of the likeliest whose weight reaches top_p.
+def packed(mask: NDArray[Any], vocab_size: int) -> NDArray[np.int32]:
+    """A token mask, bool[V] or packed already, as int32[ceil(V / 32)]: bit i % 32 of word i // 32.
 
-    Sorts a short head first and a longer one only if that is not enough: the likeliest n are the
-    same, in the same order, whatever n is.
+    ValueError, saying what it is and what was expected.
     """
-    needed = top_p * weights.sum()
-    n = FIRST_HEAD
-    while True:
-        head = likeliest(scaled, n)
-        before = np.cumsum(weights[head])
-        if before[-1] >= needed or n >= len(scaled):
-            size = int(before.searchsorted(needed, side="left")) + 1
-            return np.sort(head[:size])
-        n *= 16
+    mask = np.asarray(mask)
+    num_words = -(-vocab_size // 32)
+    if mask.dtype == np.bool_ and mask.shape == (vocab_size,):
+        padded = np.zeros(32 * num_words, np.bool_)
+        padded[:vocab_size] = mask
+        return np.packbits(padded, bitorder="little").view(np.int32)
+    if mask.dtype in (np.int32, np.uint32) and mask.shape == (num_words,):
+        return np.ascontiguousarray(mask).view(np.int32)
+    raise ValueError(
+        f"is {mask.dtype} of shape {mask.shape}, expected bool of ({vocab_size},) or int32 of "
+        f"({num_words},)"
+    )
 
 
-def _token_logprobs(logits: Float32Array, token: int, request: Request) -> list[TokenLogprobs]:
-    """The one entry for a generated token, or none where none was asked for."""
-    n = request.params.logprobs
-    return [] if n is None else [row_logprobs(logits, token, n)]
+def _token_mask(request: Request, vocab_size: int) -> NDArray[np.int32]:
+    """The request's own mask for its next token, packed."""
+    mask = request.params.token_mask
+    try:
+        given = mask(request.generated_token_ids) if callable(mask) else mask
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise _FailedError(f"token_mask raised {type(error).__name__}: {reason}") from error
+    try:
+        return packed(given, vocab_size)
+    except ValueError as error:
+        raise _FailedError(f"token_mask {error}") from error
 
 
-def row_logprobs(logits: Float32Array, token: int, n: int) -> TokenLogprobs:
-    """`token` first, then the `n` likeliest of a row f32[V]; no text."""
-    values = log_softmax(logits)
-    own = values[token]
-    rank = 1 + int(np.count_nonzero(values > own)) + int(np.count_nonzero(values[:token] == own))
-    entries = {token: Logprob(float(own), rank)}
-    top = likeliest(values, n) if n else np.empty(0, np.int64)
-    for position, token_id in enumerate(top.tolist(), start=1):
-        entries.setdefault(token_id, Logprob(float(values[token_id]), position))
+def _edits(changes: Sequence[_Change]) -> Edits | None:
+    """The changes of all rows; None if there are none."""
+    if all(change is NO_CHANGE for change in changes):
+        return None
+    masks = [change.mask for change in changes if change.mask is not None]
+    mask_rows = np.cumsum([change.mask is not None for change in changes], dtype=np.int64) - 1
+    mask_rows[[change.mask is None for change in changes]] = -1
+    add_starts, seen_starts = np.zeros((2, len(changes) + 1), np.int64)
+    np.cumsum([len(change.add_ids) for change in changes], out=add_starts[1:])
+    np.cumsum([len(change.seen_ids) for change in changes], out=seen_starts[1:])
+    return Edits(
+        np.stack(masks) if masks else np.zeros((0, 0), np.int32),
+        mask_rows,
+        add_starts,
+        np.concatenate([np.array(change.add_ids, np.int64) for change in changes]),
+        np.concatenate([np.array(change.add_values, np.float32) for change in changes]),
+        seen_starts,
+        np.concatenate([np.array(change.seen_ids, np.int64) for change in changes]),
+        np.concatenate([np.array(change.seen_counts, np.int64) for change in changes]),
+    )
+
+
+# ---- why there is no token -----------------------------------------------------------------------
+def _bad_logits(largest: float) -> str:
+    return (
+        f"the model gave logits whose largest is {largest}, expected a finite number; its weights, "
+        "finite as they are, may be damaged"
+    )
+
+
+def _why_none(drawn: Drawn, row: int) -> str:
+    """Why a row gave no token."""
+    if not np.isfinite(drawn.largest[row]):
+        return _bad_logits(drawn.largest[row])
+    if drawn.left[row] > 0:
+        return f"logit_bias and penalties raise a logit to {drawn.left[row]}, beyond float32"
+    return (
+        "no token is left to sample: token_mask, allowed_token_ids, bad_words and min_tokens rule "
+        "out every one"
+    )
+
+
+# ---- log-probabilities ---------------------------------------------------------------------------
+def _entries(found: Logprobs, row: int, token: int, n: int) -> TokenLogprobs:
+    """`token` first, then the `n` likeliest of a row; no text."""
+    entries = {token: Logprob(float(found.own[row]), int(found.ranks[row]))}
+    top_ids, top = found.top_ids[row, :n].tolist(), found.top[row, :n].tolist()
+    for rank, (token_id, logprob) in enumerate(zip(top_ids, top, strict=True), start=1):
+        if token_id >= 0:  # -1: the vocabulary is smaller than n
+            entries.setdefault(token_id, Logprob(logprob, rank))
     return entries
 
 
+def _token_logprobs(
+    requests: Sequence[Request], rows: Float32Array, tokens: Sequence[int]
+) -> dict[int, list[TokenLogprobs]]:
+    """Row: the one entry for its token, where the request asks for it."""
+    wanted = {
+        row: request.params.logprobs
+        for row, request in enumerate(requests)
+        if request.params.logprobs is not None and tokens[row] >= 0
+    }
+    if not wanted:
+        return {}
+    chosen = list(wanted)
+    found = token_logprobs(
+        rows[chosen], np.array([tokens[row] for row in chosen], np.int64), max(wanted.values())
+    )
+    return {
+        row: [_entries(found, index, tokens[row], wanted[row])] for index, row in enumerate(chosen)
+    }
+
+
 def _prompt_logprobs(
-    request: Request, logits: StepLogits, first_row: int, num_rows: int
+    request: Request, logits: StepLogits, first_row: int, end_row: int
 ) -> list[TokenLogprobs]:
     """Entries for the prompt tokens that these rows predict."""
     n = request.params.prompt_logprobs
-    if n is None or request.prompt_logprobs is None or not num_rows:
+    if n is None or request.prompt_logprobs is None:
         return []
     entries: list[TokenLogprobs] = []
     next_token = len(request.prompt_logprobs)
-    for start in range(0, num_rows, PROMPT_ROWS):
-        size = min(PROMPT_ROWS, num_rows - start)
-        for row in logits.rows(np.arange(first_row + start, first_row + start + size)):
-            _check(float(row.max()))
-            entries.append(row_logprobs(row, request.token_ids[next_token], n))
-            next_token += 1
+    for start in range(first_row, end_row, PROMPT_ROWS):
+        rows = np.arange(start, min(start + PROMPT_ROWS, end_row))
+        tokens = request.token_ids[next_token : next_token + len(rows)]
+        found = token_logprobs(logits.rows(rows), np.array(tokens, np.int64), n)
+        for row, token in enumerate(tokens):
+            if not np.isfinite(found.largest[row]):
+                raise _FailedError(_bad_logits(found.largest[row]))
+            entries.append(_entries(found, row, token, n))
+        next_token += len(rows)
     return entries

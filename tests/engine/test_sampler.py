@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pace_nb.engine.sampler import (
-    Sampler,
-    candidates,
-    likeliest,
-    log_softmax,
-    row_logprobs,
-    sample_row,
-    uniform,
-)
+from pace_nb.engine.sampler import Sampler, packed
 from pace_nb.engine.scheduler import Scheduled
-from pace_nb.sampling_params import SamplingParams
+from pace_nb.errors import InvalidRequestError
+from pace_nb.kernels.sampling import philox_ref
+from pace_nb.outputs import Logprob
 
 # Steps of 1/8 within a small range: ties are common, sums are nearly exact.
 ROWS = arrays(np.float32, st.integers(1, 40), elements=st.integers(-40, 40).map(lambda i: i / 8))
@@ -43,6 +39,32 @@ def sample(requests, rows, num_tokens=None):
     return Sampler(0).sample(scheduled, Rows(rows))
 
 
+def sample_row(row, request):
+    """The token of one request alone."""
+    (result,) = sample([request], [row])
+    assert result.error is None, result.error
+    return result.token_ids[0]
+
+
+def row_logprobs(row, token, n):
+    """{token: entry, then the n likeliest}, from the definition."""
+    row = np.asarray(row, np.float32)
+    with np.errstate(over="ignore"):
+        shifted = row - row.max()
+    exact = shifted - np.log(np.exp(shifted.astype(np.float64)).sum())
+    order = np.argsort(-row, kind="stable").tolist()
+    wanted = dict.fromkeys([token, *order[:n]])
+    return {i: Logprob(float(np.float32(exact[i])), order.index(i) + 1) for i in wanted}
+
+
+def same_entries(found, expected):
+    """The same tokens, in order, of the same ranks, with logprobs but for rounding."""
+    assert list(found) == list(expected)
+    for token_id, entry in found.items():
+        assert entry.rank == expected[token_id].rank
+        assert entry.logprob == pytest.approx(expected[token_id].logprob, abs=2e-6, rel=2e-6)
+
+
 def generating(scripted, generated, prompt=(1, 2), **params):
     """A request that has generated the given tokens."""
     request = scripted.request("a", prompt, max_tokens=50, **params)
@@ -52,6 +74,7 @@ def generating(scripted, generated, prompt=(1, 2), **params):
 
 
 # ---- greedy ------------------------------------------------------------------------------------
+@settings(deadline=None)
 @given(row=ROWS)
 def test_greedy_takes_the_largest_and_of_ties_the_lowest_id(scripted, row):
     (result,) = sample([generating(scripted, [])], [row])
@@ -73,98 +96,38 @@ def test_extreme_logits_and_temperatures_give_a_valid_token(scripted, temperatur
         assert sample_row(row, request) in (0, 1, 2, 4)
 
 
-# ---- min_p, top_k, top_p -----------------------------------------------------------------------
-def definition(row, params):
-    """Kept ids, by sorting everything, in float64."""
-    scaled = (row - row.max()).astype(np.float32) / np.float32(params.temperature)
-    order = np.argsort(-scaled, kind="stable")
-    kept = [i for i in order if scaled[i] >= np.float32(np.log(params.min_p or 1e-300))]
-    if params.top_k:
-        kept = [i for i in kept if scaled[i] >= scaled[order[min(params.top_k, len(row)) - 1]]]
-    weights = np.exp(scaled).astype(np.float64)
-    needed = params.top_p * weights[sorted(kept)].sum()
-    head, reached = [], 0.0
-    for i in kept:
-        if params.top_p < 1 and head and reached >= needed:
-            break
-        head.append(int(i))
-        reached += weights[i]
-    return sorted(head), weights
-
-
-@given(
-    row=ROWS,
-    temperature=st.sampled_from([0.3, 1.0, 2.5]),
-    min_p=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
-    top_k=st.integers(0, 45),
-    top_p=st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999999, 1.0]),
-)
-def test_what_may_be_drawn_is_what_the_definition_keeps(row, temperature, min_p, top_k, top_p):
-    params = SamplingParams(temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p)
-    kept, weights = candidates(row, params)
-    expected, all_weights = definition(row, params)
-    ids = np.arange(len(row)) if kept is None else kept
-    assert ids.tolist() == expected
-    assert weights.tolist() == all_weights[expected].tolist()
-
-
-@pytest.mark.parametrize("top_p", [0.2, 0.9, 0.999])
-def test_top_p_of_a_large_vocabulary_looks_past_its_first_head(top_p):
-    """A flat distribution over 30,000 tokens: hundreds to thousands are kept."""
-    row = np.random.default_rng(0).normal(0, 0.5, 30_000).astype(np.float32)
-    kept, _ = candidates(row, SamplingParams(top_p=top_p))
-    assert len(kept) > 256
-    assert kept.tolist() == definition(row, SamplingParams(top_p=top_p))[0]
-
-
-def test_top_k_keeps_what_ties_with_the_last():
-    kept, _ = candidates(np.float32([1, 3, 2, 2, 2, 0]), SamplingParams(top_k=2))
-    assert kept.tolist() == [1, 2, 3, 4]
-
-
+# ---- drawing -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("params", [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}])
 def test_tokens_are_drawn_as_often_as_their_probability_says(scripted, params):
     """Chi-square over 4000 seeds; the bound is passed by chance once in 10^6."""
     row = np.float32([0.0, 1.0, 2.0, -1.0, 1.5])
-    kept, weights = candidates(row, SamplingParams(**params))
-    kept = np.arange(5) if kept is None else kept
-    request = generating(scripted, [], temperature=1.0, **params)
-    drawn = []
-    for seed in range(4000):
+    kept = {"top_k": [1, 2, 4], "top_p": [1, 2, 4], "min_p": [1, 2, 4]}.get(
+        next(iter(params), ""), range(5)
+    )
+    probabilities = np.exp(row[list(kept)].astype(float))
+    probabilities /= probabilities.sum()
+    requests = [generating(scripted, [], temperature=1.0, **params) for _ in range(4000)]
+    for seed, request in enumerate(requests):
         request.seed = seed
-        drawn.append(sample_row(row, request))
-    observed = np.bincount(drawn, minlength=5)[kept]
+    drawn = [token for result in sample(requests, [row] * 4000) for token in result.token_ids]
+    observed = np.bincount(drawn, minlength=5)[list(kept)]
     assert observed.sum() == 4000
-    expected = 4000 * weights / weights.sum()
+    expected = 4000 * probabilities
     assert ((observed - expected) ** 2 / expected).sum() < 33.4  # 4 degrees of freedom
 
 
 # ---- random numbers ----------------------------------------------------------------------------
-def philox(key, counter):
-    """First word of Philox4x64-10 as published; NumPy counts up before it draws."""
-    words = [(counter + 1) >> shift & (2**64 - 1) for shift in (0, 64, 128, 192)]
-    keys = [key & (2**64 - 1), key >> 64]
-    for _ in range(10):
-        left = words[0] * 0xD2E7470EE14C6C93
-        right = words[2] * 0xCA5A826395121157
-        words = [
-            right >> 64 ^ words[1] ^ keys[0],
-            right & (2**64 - 1),
-            left >> 64 ^ words[3] ^ keys[1],
-            left & (2**64 - 1),
-        ]
-        keys[0] = (keys[0] + 0x9E3779B97F4A7C15) % 2**64
-        keys[1] = (keys[1] + 0xBB67AE8584CAA73B) % 2**64
-    return words[0]
-
-
 @pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
 def test_the_random_number_depends_on_seed_and_output_position_only(scripted, seed):
+    """All logits are 0, so of 1000 tokens the one is drawn that u * 1000 falls on."""
+    row = np.zeros(1000, np.float32)
     for position in (0, 1, 2, 30):
-        expected = (philox(seed, position) >> 11) / 2**53
+        expected = (philox_ref(seed, position) >> 11) * 1000 >> 53
         for prompt in ([1, 2], [5] * 9):
-            request = generating(scripted, [1] * position, prompt=prompt, seed=seed)
-            assert uniform(request) == expected
+            request = generating(
+                scripted, [1] * position, prompt=prompt, seed=seed, temperature=1.0
+            )
+            assert sample_row(row, request) == expected
 
 
 def test_seeds_drawn_by_the_engine_differ_and_repeat():
@@ -210,6 +173,7 @@ def test_min_tokens_masks_what_would_end_it(scripted):
     assert sample_row(row, generating(scripted, [9], ignore_eos=True, **options)) == 38
 
 
+@settings(deadline=None)
 @given(
     row=ROWS.filter(lambda row: len(row) >= 4),
     generated=st.lists(st.integers(0, 3), max_size=12),
@@ -237,6 +201,98 @@ def test_penalties(scripted, row, generated, repetition, frequency, presence):
     before = row.copy()
     assert sample_row(row, request) == expected.argmax()
     assert (row == before).all()
+
+
+def test_penalised_tokens_are_counted_as_they_come(scripted):
+    """One sampler over many steps gives what fresh ones give; sampling twice changes nothing."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(30, 12)).astype(np.float32)
+    request = generating(
+        scripted, [], prompt=[3, 3, 4], frequency_penalty=0.7, repetition_penalty=1.4
+    )
+    sampler = Sampler(0)
+    for row in rows:
+        scheduled = [Scheduled(request, request.num_behind)]
+        (result,) = sampler.sample(scheduled, Rows([row]))
+        assert sampler.sample(scheduled, Rows([row])) == [result]
+        assert sample_row(row, request) == result.token_ids[0]
+        request.token_ids += result.token_ids
+    assert len(set(request.generated_token_ids)) > 6
+
+
+def test_slots_of_requests_that_have_ended_are_used_again(scripted):
+    sampler = Sampler(0)
+    for turn in range(50):
+        requests = [
+            generating(scripted, [], temperature=1.0, top_k=k, seed=turn) for k in (1, 2, 3)
+        ]
+        rows = np.random.default_rng(turn).normal(size=(3, 30)).astype(np.float32)
+        scheduled = [Scheduled(request, 2) for request in requests]
+        assert sampler.sample(scheduled, Rows(rows)) == sample(requests, rows)
+        for request in requests:
+            sampler.forget(request)
+    assert len(sampler._seeds) == 8 and not sampler._kept
+
+
+# ---- token masks ---------------------------------------------------------------------------------
+def test_a_token_mask_comes_before_everything_else(scripted):
+    row = np.float32([5, 4, 3, 2] + [0] * 36)
+    allowed = np.zeros(40, bool)
+    allowed[[1, 3, 39]] = True
+    words = packed(allowed, 40)
+    assert words.tolist() == [0b1010, 1 << 7]
+    for mask in (allowed, words, words.view(np.uint32), lambda generated: allowed):
+        assert sample_row(row, generating(scripted, [], token_mask=mask)) == 1
+        biased = generating(scripted, [], token_mask=mask, logit_bias={0: 90, 39: 50})
+        assert sample_row(row, biased) == 39
+        both = generating(scripted, [], token_mask=mask, allowed_token_ids=[0, 2, 3])
+        assert sample_row(row, both) == 3
+        drawn = generating(scripted, [], token_mask=mask, temperature=1.0, logprobs=1)
+        (result,) = sample([drawn], [row])
+        assert result.token_ids[0] in (1, 3, 39)
+        assert list(result.logprobs[0])[-1] == 0  # logprobs are the model's own
+
+
+def test_a_token_mask_is_asked_with_what_was_generated(scripted):
+    asked = []
+
+    def next_token(generated):
+        asked.append(list(generated))
+        mask = np.zeros(40, bool)
+        mask[len(generated)] = True
+        return mask
+
+    request = scripted.request("a", [5, 6], max_tokens=4, token_mask=next_token)
+    scripted.setup().run(request)
+    assert request.generated_token_ids == [0, 1, 2, 3]
+    assert asked == [[], [0], [0, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    "mask, said",
+    [
+        (lambda generated: 1 / 0, "token_mask raised ZeroDivisionError: division by zero"),
+        (
+            lambda generated: np.ones(39, bool),
+            r"token_mask is bool of shape \(39,\), expected bool",
+        ),
+        (lambda generated: np.zeros(40, bool), "no token is left to sample: token_mask"),
+    ],
+)
+def test_a_token_mask_that_fails_fails_its_request_alone(scripted, mask, said):
+    bad = generating(scripted, [], token_mask=mask)
+    row = np.arange(40, dtype=np.float32)
+    results = sample([generating(scripted, []), bad, generating(scripted, [])], [row] * 3)
+    assert [result.token_ids for result in results] == [(39,), (), (39,)]
+    assert re.match(said, results[1].error), results[1].error
+
+
+def test_a_token_mask_of_the_wrong_size_is_refused(scripted):
+    request = scripted.request("a", [1], token_mask=np.ones(3, np.int32))
+    with pytest.raises(InvalidRequestError, match=r"token_mask is int32 of shape \(3,\), expected"):
+        scripted.setup().engine.add(request)
+    with pytest.raises(InvalidRequestError, match="token_mask is 3, expected a NumPy array"):
+        scripted.request("a", [1], token_mask=3)
 
 
 def test_when_nothing_is_left_to_sample_the_request_fails(scripted):
@@ -281,29 +337,31 @@ def test_minus_infinity_is_only_a_token_that_cannot_be(scripted):
 
 
 # ---- log-probabilities -------------------------------------------------------------------------
-@given(row=ROWS, n=st.integers(1, 50))
-def test_likeliest_is_a_stable_sort(row, n):
-    assert likeliest(row, n).tolist() == np.argsort(-row, kind="stable")[:n].tolist()
-
-
 @settings(deadline=None)
-@given(row=ROWS, n=st.integers(0, 8), data=st.data())
-def test_logprobs_are_log_softmax_with_ranks_that_fit_the_order(row, n, data):
-    token = data.draw(st.integers(0, len(row) - 1))
-    exact = row.astype(np.float64) - np.log(np.exp(row.astype(np.float64)).sum())
-    order = np.argsort(-row, kind="stable").tolist()
-
-    entries = row_logprobs(row, token, n)
-    assert next(iter(entries)) == token
-    assert set(entries) == {token, *order[:n]}
-    for token_id, entry in entries.items():
-        assert entry.rank == order.index(token_id) + 1
-        assert abs(entry.logprob - exact[token_id]) < 1e-5
+@given(row=ROWS, n=st.integers(0, 8))
+def test_logprobs_are_log_softmax_with_ranks_that_fit_the_order(scripted, row, n):
+    request = generating(scripted, [], logprobs=n)
+    (result,) = sample([request], [row])
+    same_entries(result.logprobs[0], row_logprobs(row, int(row.argmax()), n))
 
 
-def test_log_softmax_of_far_apart_logits():
-    values = log_softmax(np.float32([1e30, 0, -1e30]))
-    assert values.tolist() == [0.0, np.float32(-1e30), np.float32(-2e30)]
+def test_logprobs_of_far_apart_logits(scripted):
+    (result,) = sample([generating(scripted, [], logprobs=3)], [[1e30, 0, -1e30]])
+    assert [e.logprob for e in result.logprobs[0].values()] == [
+        0.0,
+        np.float32(-1e30),
+        np.float32(-2e30),
+    ]
+
+
+def test_each_request_of_a_step_gets_as_many_logprobs_as_it_asked_for(scripted):
+    rows = np.random.default_rng(0).normal(size=(4, 40)).astype(np.float32)
+    requests = [generating(scripted, [], logprobs=n) for n in (0, 3, None, 20)]
+    for row, result, n in zip(rows, sample(requests, rows), (0, 3, None, 20), strict=True):
+        if n is None:
+            assert result.logprobs == ()
+        else:
+            same_entries(result.logprobs[0], row_logprobs(row, int(row.argmax()), n))
 
 
 def test_logprobs_are_of_the_models_own_logits(scripted):
@@ -320,7 +378,7 @@ def test_logprobs_are_of_the_models_own_logits(scripted):
     row = np.float32([0, 1, 2])
     (result,) = sample([request], [row])
     assert result.token_ids == (0,)
-    assert result.logprobs[0] == row_logprobs(row, 0, 1)
+    same_entries(result.logprobs[0], row_logprobs(row, 0, 1))
     assert result.logprobs[0][0].rank == 3
 
 
@@ -331,11 +389,14 @@ def test_prompt_logprobs_come_chunk_by_chunk(scripted):
     expected = [row_logprobs(rows[i], prompt[i + 1], 2) for i in range(199)]
 
     (result,) = sample([request], rows[:70], num_tokens=70)
-    assert result.token_ids == () and list(result.prompt_logprobs) == expected[:70]
+    assert result.token_ids == ()
+    for pair in zip(result.prompt_logprobs, expected[:70], strict=True):
+        same_entries(*pair)
     request.prompt_logprobs += result.prompt_logprobs
     request.num_computed_tokens = 70
     (result,) = sample([request], rows[70:])
-    assert list(result.prompt_logprobs) == expected[70:]
+    for pair in zip(result.prompt_logprobs, expected[70:], strict=True):
+        same_entries(*pair)
     assert result.token_ids == (int(rows[-1].argmax()),)
 
 
