@@ -43,6 +43,7 @@ def test_defaults_are_vllms() -> None:
         "logit_bias": None,
         "allowed_token_ids": None,
         "bad_words": (),
+        "token_mask": None,
         "truncate_prompt_tokens": None,
         "output_kind": RequestOutputKind.CUMULATIVE,
     }

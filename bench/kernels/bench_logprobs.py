@@ -1,6 +1,6 @@
 """Share of the read rate that log-probabilities reach: one exponential per logit decides.
 
-    python -m bench.kernels.bench_logprobs
+python -m bench.kernels.bench_logprobs
 """
 
 from __future__ import annotations

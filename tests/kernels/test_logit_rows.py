@@ -132,19 +132,16 @@ def test_a_threshold_is_where_the_sum_is_reached(v: int, step: float) -> None:
 
 
 @jit.kernel
-def _row_kernel(x, v, k, bound, floor, temperature, values, ids, shares, out):
-    peaks = np.empty((v + BLOCK - 1) // BLOCK * 16, np.float32)
+def _row_kernel(x, v, k, bound, floor, temperature, peaks, sums, values, ids, shares, out):
     bins = np.ones(DIGITS + 1, np.int64)
-    sums = np.zeros(len(peaks) // 16, np.int64)
     for _ in prange(1):
         top, _first = largest_of(x, 0, v, peaks)
         n = collect(x, 0, v, peaks, top, temperature, bound, floor, values, ids)
         weigh(values, n, top, temperature, shares)
         out[0] = n
         out[1] = weigh_row(x, 0, v, top, temperature, sums)
-        out[2] = sums[-1]
-        out[3] = rank_of(x, 0, v, k)
-        out[4] = kth_peak(peaks, len(peaks), k + 1, bins[DIGITS:], bins)
+        out[2] = rank_of(x, 0, v, k)
+        out[3] = kth_peak(peaks, len(peaks), k + 1, bins[DIGITS:], bins)
 
 
 @pytest.mark.parametrize("v", SIZES)
@@ -153,29 +150,31 @@ def _row_kernel(x, v, k, bound, floor, temperature, values, ids, shares, out):
 def test_rows_by_definition(v: int, step: float, temperature: float) -> None:
     x, t = logits(v, step), np.float32(temperature)
     values, ids = np.empty(v + 16, np.float32), np.empty(v + 16, np.int32)
-    shares = np.empty(v + 16, np.int64)
+    shares, sums = np.empty(v + 16, np.int64), np.empty(num_peaks(v) // 16, np.int64)
+    peaks = np.empty(num_peaks(v), np.float32)
     weights, scaled = row_weights_ref(x, temperature), scaled_ref(x, temperature)
     order = order_ref(x).tolist()
     for k, bound, floor in ((0, -np.inf, -np.inf), (v // 2, 0.0, -5.0), (v - 1, -1.0, -np.inf)):
-        out = np.zeros(5)
+        out = np.zeros(4)
         bounds = np.float32(bound), np.float32(floor)
-        _row_kernel(x, v, k, *bounds, t, values, ids, shares, out)
+        _row_kernel(x, v, k, *bounds, t, peaks, sums, values, ids, shares, out)
         kept = np.flatnonzero((x >= bounds[0]) & (scaled >= bounds[1]))
         n = int(out[0])
         assert ids[:n].tolist() == kept.tolist()
         assert values[:n].tolist() == x[kept].tolist()
         assert shares[:n].tolist() == weights[kept].tolist()
-        assert int(out[1]) == int(out[2]) == weights.sum()
-        assert out[3] == 1 + order.index(k)
-        assert (x >= out[4]).sum() >= k + 1  # at least k + 1 logits reach the (k + 1)-th peak
+        assert int(out[1]) == sums[-1] == weights.sum()
+        assert sums.tolist() == [weights[: end + BLOCK].sum() for end in range(0, v, BLOCK)]
+        assert out[2] == 1 + order.index(k)
+        assert (x >= out[3]).sum() >= k + 1  # at least k + 1 logits reach the (k + 1)-th peak
 
 
 def test_a_peak_bounds_tightly_where_there_are_many() -> None:
     """The 50th largest peak of a large vocabulary leaves few logits more than 50."""
     v = BLOCK * 40
     x = np.random.default_rng(0).normal(0, 3, v).astype(np.float32)
-    out, values, ids = np.zeros(5), np.empty(v + 16, np.float32), np.empty(v + 16, np.int32)
-    f = np.float32
-    shares = np.empty(v + 16, np.int64)
-    _row_kernel(x, v, 49, f(np.inf), f(0), f(1), values, ids, shares, out)
-    assert 50 <= (x >= out[4]).sum() <= 75
+    values, ids = np.empty(v + 16, np.float32), np.empty(v + 16, np.int32)
+    shares, sums, out = np.empty(v + 16, np.int64), np.empty(40, np.int64), np.zeros(4)
+    peaks, f = np.empty(num_peaks(v), np.float32), np.float32
+    _row_kernel(x, v, 49, f(np.inf), f(0), f(1), peaks, sums, values, ids, shares, out)
+    assert 50 <= (x >= out[3]).sum() <= 75
