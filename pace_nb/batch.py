@@ -59,6 +59,34 @@ class Batch:
         return len(self.token_ids)
 
     @classmethod
+    def of_last_tokens(
+        cls, request_ids: Sequence[str], token_ids: Sequence[int], positions: Sequence[int]
+    ) -> Batch:
+        """A batch in which each request has one token, the last of its sequence, whose logits are
+        asked for: what decoding is. As `from_spans` would make it, with less to do.
+
+        Raises ShapeError when the lengths differ or a request is named twice.
+        """
+        size = len(request_ids)
+        if not len(set(request_ids)) == size == len(token_ids) == len(positions):
+            raise ShapeError(
+                f"a batch names each request once, with a token and a position, got "
+                f"{list(request_ids)}, {len(token_ids)} tokens and {len(positions)} positions"
+            )
+        starts = np.arange(size + 1, dtype=np.int32)
+        where = np.array(positions, np.int32)
+        context_lens = where + np.int32(1)
+        return cls(
+            request_ids=tuple(request_ids),
+            token_ids=np.array(token_ids, np.int32),
+            positions=where,
+            cu_seqlens_q=starts,
+            context_lens=context_lens,
+            seq_lens=context_lens,
+            logits_rows=starts[:size],
+        )
+
+    @classmethod
     def from_spans(
         cls,
         spans: Sequence[tuple[str, int, Sequence[int], int]],

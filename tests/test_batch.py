@@ -77,3 +77,20 @@ def test_a_span_cannot_end_after_its_sequence():
         Batch.from_spans([("a", 0, [1], 1), ("b", 7, [1, 2], 1)], [1, 8])
     with pytest.raises(ShapeError, match="a batch of 1 requests got 2 seq_lens"):
         Batch.from_spans([("a", 0, [1], 1)], [1, 8])
+
+
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 40)), max_size=5))
+def test_last_tokens_are_the_batch_of_their_spans(tokens):
+    ids = [str(b) for b in range(len(tokens))]
+    batch = Batch.of_last_tokens(ids, [t for t, _ in tokens], [p for _, p in tokens])
+    spans = [(name, position, [t], 1) for name, (t, position) in zip(ids, tokens, strict=True)]
+    for field in dataclasses.fields(batch):
+        found, expected = (getattr(b, field.name) for b in (batch, Batch.from_spans(spans)))
+        assert np.array_equal(found, expected)
+        assert field.name == "request_ids" or found.dtype == np.int32
+
+
+def test_last_tokens_name_each_request_once_with_a_token_and_a_position():
+    for arguments in ((["a", "a"], [1, 2], [0, 0]), (["a"], [1, 2], [0]), (["a"], [1], [])):
+        with pytest.raises(ShapeError, match="a batch names each request once, with a token"):
+            Batch.of_last_tokens(*arguments)

@@ -250,6 +250,7 @@ class Engine:
     def _update(self, scheduled: Sequence[Scheduled], sampled: Sequence[Sampled]) -> list[Progress]:
         """Write the results of a step into its requests; end those that are done."""
         progress = []
+        now, switch_length = time.monotonic(), self._runner.switch_length
         for (request, num_tokens), result in zip(scheduled, sampled, strict=True):
             if result.error is not None:
                 request.error = result.error
@@ -280,20 +281,19 @@ class Engine:
             )
             if request.logprobs is not None:
                 request.logprobs += result.logprobs[:num_kept]
-            request.metrics.last_token_time = time.monotonic()
+            request.metrics.last_token_time = now
             if request.metrics.first_token_time is None:
-                request.metrics.first_token_time = request.metrics.last_token_time
+                request.metrics.first_token_time = now
             if finish_reason is not None:
                 self._finish(request, finish_reason)
-            elif self._outgrew_its_keys(request, num_kept):
-                request.num_computed_tokens = 0  # it stays where it is and runs from its beginning
+            elif (
+                switch_length is not None
+                and request.num_tokens - num_kept <= switch_length < request.num_tokens
+            ):
+                # It has outgrown its keys: it stays where it is and runs from its beginning.
+                request.num_computed_tokens = 0
             progress.append(Progress(request, result.token_ids[:num_kept]))
         return progress
-
-    def _outgrew_its_keys(self, request: Request, num_new: int) -> bool:
-        """True where the new tokens brought a sequence beyond the model's `switch_length`."""
-        length = self._runner.switch_length
-        return length is not None and request.num_tokens - num_new <= length < request.num_tokens
 
     def _finish(self, request: Request, finish_reason: FinishReason) -> None:
         del self._requests[request.request_id]

@@ -82,18 +82,7 @@ class ModelRunner:
 
     def run(self, scheduled: Sequence[Scheduled]) -> StepLogits:
         """Compute the next tokens of each request and store their keys and values."""
-        batch = Batch.from_spans(
-            [
-                (
-                    request.request_id,
-                    (start := request.num_computed_tokens),
-                    request.token_ids[start : start + num_tokens],
-                    request.num_logits(num_tokens),
-                )
-                for request, num_tokens in scheduled
-            ],
-            [request.num_tokens for request, _ in scheduled],
-        )
+        batch = _batch_of(scheduled)
         return StepLogits(self, self._hidden(batch), batch)
 
     def logits(self, hidden: Float32Array, rows: NDArray[np.int32]) -> Float32Array:
@@ -137,3 +126,26 @@ class ModelRunner:
         """f32[T, E]."""
         with jit.using(self._kernels):
             return self._model(batch, BatchKV(self.cache.view(batch), self.cache))
+
+
+def _batch_of(scheduled: Sequence[Scheduled]) -> Batch:
+    """The flat arrays of a step."""
+    requests = [request for request, _ in scheduled]
+    if {request.num_behind for request in requests} == {1}:
+        return Batch.of_last_tokens(
+            [request.request_id for request in requests],
+            [request.token_ids[-1] for request in requests],
+            [request.num_computed_tokens for request in requests],
+        )
+    return Batch.from_spans(
+        [
+            (
+                request.request_id,
+                (start := request.num_computed_tokens),
+                request.token_ids[start : start + num_tokens],
+                request.num_logits(num_tokens),
+            )
+            for request, num_tokens in scheduled
+        ],
+        [request.num_tokens for request in requests],
+    )

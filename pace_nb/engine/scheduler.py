@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from pace_nb.kv_cache.base import KVCache  # it imports numpy
 
 
+UNIT = 16  # kv_cache.base.UNIT, whose module imports NumPy
+
+
 class Scheduled(NamedTuple):
     """A request and how many of its tokens this step computes, at least one."""
 
@@ -79,12 +82,16 @@ class Scheduler:
         scheduled: list[Scheduled] = []
         budget = self._max_num_batched_tokens
 
-        for request in list(self.running):
+        for request in [request for request in self.running if request.num_behind > 1]:
             # It has room for all its tokens since it was admitted, unless it decoded and then had
             # to begin anew (`Engine`, keys that were outgrown).
-            if request.num_behind > 1 and self._make_room(request):
+            if self._make_room(request):
                 self._reuse(request)
-        for request in sorted(self.running, key=lambda request: request.num_behind > 1):
+        decoding: list[Request] = []
+        prefilling: list[Request] = []
+        for request in self.running:
+            (prefilling if request.num_behind > 1 else decoding).append(request)
+        for request in decoding + prefilling:
             num_tokens = self._share(request, budget, scheduled)
             # A request that prefills has its room by now. So only the decoding ones may preempt, in
             # the order of the line: their victims are not scheduled yet.
@@ -136,9 +143,13 @@ class Scheduler:
             request.num_computed_tokens = found
 
     def _make_room(self, request: Request) -> bool:
-        """Room for all tokens of a running request; False where it had to give way itself."""
+        """Room for all tokens of a running request; False where it had to give way itself.
+
+        It asks for whole units, which is what caches give, so it seldom asks for more than it has.
+        """
+        room = -(-request.num_tokens // UNIT) * UNIT
         while request.status is RequestStatus.RUNNING:
-            if self._cache.allocate(request.request_id, request.num_tokens):
+            if self._cache.allocate(request.request_id, room):
                 return True
             self._preempt(self.running[-1])
         return False

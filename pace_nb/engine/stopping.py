@@ -39,6 +39,9 @@ class TokenStop(NamedTuple):
     stop_reason: int | None
 
 
+GOES_ON = TokenStop(1, None, None)  # what nearly every step of every request says
+
+
 def ending_token_ids(params: SamplingParams, eos_token_ids: Collection[int]) -> frozenset[int]:
     """Ids that end the request; to be masked while fewer than `min_tokens` are generated."""
     if params.ignore_eos:
@@ -75,7 +78,7 @@ def check_tokens(
                 return TokenStop(position, "stop", token_id)
         if max_tokens is not None and generated >= max_tokens:
             return TokenStop(position, "length", None)
-    return TokenStop(len(new_token_ids), None, None)
+    return GOES_ON if len(new_token_ids) == 1 else TokenStop(len(new_token_ids), None, None)
 
 
 class TextDecoder(Protocol):

@@ -49,6 +49,7 @@ __all__ = [
     "KVCacheConfig",
     "KVPool",
     "KVView",
+    "no_room",
     "view_of",
     "zero_units",
 ]
@@ -134,6 +135,11 @@ class BatchKV(NamedTuple):
         return self.cache.layer(index)
 
 
+def no_room(request_id: str, context_len: int, room: int) -> RuntimeError:
+    """What a view raises for a request whose keys would go where others' lie."""
+    return RuntimeError(f"request {request_id} needs room for {context_len} tokens, has {room}")
+
+
 def view_of(
     batch: Batch,
     tables: Mapping[str, Sequence[int]],
@@ -148,9 +154,7 @@ def view_of(
     for request_id, context_len in zip(batch.request_ids, batch.context_lens.tolist(), strict=True):
         room = num_tokens.get(request_id, 0)
         if context_len > room:
-            raise RuntimeError(
-                f"request {request_id} needs room for {context_len} tokens, has {room}"
-            )
+            raise no_room(request_id, context_len, room)
         rows.append(tables[request_id])
     block_table = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int64)
     for out, row in zip(block_table, rows, strict=True):

@@ -39,9 +39,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+import numpy as np
+
 from pace_nb.batch import Batch
 from pace_nb.config import CacheConfig
-from pace_nb.kv_cache.base import UNIT, KVCacheConfig, KVPool, KVView, view_of, zero_units
+from pace_nb.kv_cache.base import UNIT, KVCacheConfig, KVPool, KVView, no_room, zero_units
 
 DIGEST_SIZE = 32  # bytes: no collision is expected, or can be made
 
@@ -69,6 +71,7 @@ class _Sequence:
     table: array[int] = field(default_factory=lambda: array("q"))  # its blocks, in order
     num_tokens: int = 0  # that it may store there
     num_committed: int = 0  # blocks, from the first, that `commit` or `reuse` is done with
+    packed: bytes | None = None  # `table` as `view` needs it; None where it has changed since
 
 
 class PagedCache:
@@ -102,7 +105,7 @@ class PagedCache:
         """Give the request room for `num_tokens` in total; False = no room, nothing has changed."""
         sequence = self._sequences.get(request_id) or _Sequence()
         if num_tokens > sequence.num_tokens:
-            table = sequence.table
+            table, sequence.packed = sequence.table, None
             last, used = divmod(sequence.num_tokens, self._block_size)
             # The last block is written to if it has room left. Others may use it after `truncate`.
             copied = bool(used) and self._refs[table[last]] > 1
@@ -121,6 +124,7 @@ class PagedCache:
     def truncate(self, request_id: str, num_tokens: int) -> None:
         """Forget all but the first `num_tokens`; blocks that hold nothing more go back."""
         sequence = self._sequences[request_id]
+        sequence.packed = None
         sequence.num_tokens = kept = min(num_tokens, sequence.num_tokens)
         sequence.num_committed = min(sequence.num_committed, kept // self._block_size)
         self._give_back(sequence.table[self._num_blocks(kept) :])
@@ -177,11 +181,20 @@ class PagedCache:
 
     def view(self, batch: Batch) -> KVView:
         """block_table int64[B, X]; RuntimeError if a request has no room for its context."""
-        tables, num_tokens = {}, {}
-        for request_id in batch.request_ids:
+        rows = []
+        for request_id, context_len in zip(
+            batch.request_ids, batch.context_lens.tolist(), strict=True
+        ):
             sequence = self._sequences.get(request_id) or _Sequence()
-            tables[request_id], num_tokens[request_id] = sequence.table, sequence.num_tokens
-        return view_of(batch, tables, num_tokens, self._units_per_block)
+            if context_len > sequence.num_tokens:
+                raise no_room(request_id, context_len, sequence.num_tokens)
+            if sequence.packed is None:
+                sequence.packed = sequence.table.tobytes()
+            rows.append(sequence.packed)
+        length = max(map(len, rows), default=0)
+        padded = bytearray().join([row.ljust(length, b"\xff") for row in rows])  # -1
+        block_table = np.frombuffer(padded, np.int64).reshape(len(rows), length // 8)
+        return KVView(block_table, self._units_per_block)
 
     def layer(self, index: int) -> KVPool:
         """Pool of layer `index`."""
@@ -283,6 +296,7 @@ class PagedCache:
 
     def _use(self, sequence: _Sequence, block: int) -> None:
         """Make `block`, which holds the same, the first one that was not committed."""
+        sequence.packed = None
         self._refs[block] += 1
         self._cached.pop(block, None)
         index = sequence.num_committed
