@@ -6,7 +6,7 @@
 #   make serve             serve the bundled model at http://127.0.0.1:8000, with OpenAI's endpoints
 #   make lint              ruff, mypy and typos
 #   make test              the default suite: kernels interpreted, kernels on a generic CPU, everything compiled
-#   make test-long         the property tests with 20 times as many examples
+#   make test-long         the property tests with 20 times as many examples, and 10,000 requests in a row
 #   make test-interpreted  kernel tests as plain Python (NUMBA_DISABLE_JIT=1)
 #   make notebooks         execute every notebook in place
 #   make bench             measure every kernel against the machine's limits, rewrite the README table, draw plots
@@ -72,7 +72,7 @@ test: $(VENV)/.installed-test
 	$(PYTEST) -q
 
 test-long: $(VENV)/.installed-test
-	PACE_NB_TEST_LONG=1 $(PYTEST) -q tests/engine tests/kv_cache tests/models tests/test_*.py
+	PACE_NB_TEST_LONG=1 $(PYTEST) -q tests/engine tests/kv_cache tests/models tests/e2e/test_any_history.py tests/e2e/test_soak.py tests/test_*.py
 
 test-interpreted: $(VENV)/.installed-test
 	NUMBA_DISABLE_JIT=1 $(PYTEST) -q tests/kernels

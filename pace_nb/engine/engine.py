@@ -229,11 +229,8 @@ class Engine:
         if not self._scheduler.waiting:
             return []
         request = self._scheduler.waiting[0]
-        request.error = (
-            f"no room in the KV cache for {request.num_tokens} tokens, though it is idle"
-        )
-        self._finish(request, "error")
-        return [Progress(request, ())]
+        reason = f"no room in the KV cache for {request.num_tokens} tokens, though it is idle"
+        return [self._fail(request, reason)]
 
     def _one_by_one(self, scheduled: Sequence[Scheduled]) -> list[Sampled]:
         """A step that raised, again, one request at a time."""
@@ -243,8 +240,7 @@ class Engine:
             try:
                 sampled += self._sampler.sample([one], self._runner.run([one]))
             except Exception as error:
-                reason = " ".join(str(error).split())
-                sampled.append(Sampled(error=f"{type(error).__name__}: {reason}"))
+                sampled.append(Sampled(error=_described(error)))
         return sampled
 
     def _update(self, scheduled: Sequence[Scheduled], sampled: Sequence[Sampled]) -> list[Progress]:
@@ -252,48 +248,68 @@ class Engine:
         progress = []
         now, switch_length = time.monotonic(), self._runner.switch_length
         for (request, num_tokens), result in zip(scheduled, sampled, strict=True):
-            if result.error is not None:
-                request.error = result.error
-                if request.prompt_logprobs is not None and not request.num_generated_tokens:
-                    del request.prompt_logprobs[1:]  # how many there are hangs on the chunks
-                self._finish(request, "error")
-                progress.append(Progress(request, ()))
-                continue
-            request.num_computed_tokens += num_tokens
-            if request.prompt_logprobs is not None:
-                request.prompt_logprobs += result.prompt_logprobs
-            if not result.token_ids:
-                continue
-            num_kept, finish_reason, request.stop_reason = check_tokens(
-                result.token_ids,
-                request.num_generated_tokens,
-                request.params,
-                request.eos_token_ids,
-                request.max_tokens,
-            )
-            request.token_ids += result.token_ids[:num_kept]
-            # Its logits are finite, and they have seen all it has stored.
-            self._cache.commit(
-                request.request_id,
-                request.token_ids,
-                request.num_computed_tokens,
-                request.cache_salt,
-            )
-            if request.logprobs is not None:
-                request.logprobs += result.logprobs[:num_kept]
-            request.metrics.last_token_time = now
-            if request.metrics.first_token_time is None:
-                request.metrics.first_token_time = now
-            if finish_reason is not None:
-                self._finish(request, finish_reason)
-            elif (
-                switch_length is not None
-                and request.num_tokens - num_kept <= switch_length < request.num_tokens
-            ):
-                # It has outgrown its keys: it stays where it is and runs from its beginning.
-                request.num_computed_tokens = 0
-            progress.append(Progress(request, result.token_ids[:num_kept]))
+            try:
+                moved = self._advance(request, num_tokens, result, now, switch_length)
+            except Exception as error:  # a defect, but it must not cost the others their tokens
+                _log.warning("request %s failed", request.request_id, exc_info=True)
+                moved = self._fail(request, _described(error))
+            if moved is not None:
+                progress.append(moved)
         return progress
+
+    def _advance(
+        self,
+        request: Request,
+        num_tokens: int,
+        result: Sampled,
+        now: float,
+        switch_length: int | None,
+    ) -> Progress | None:
+        """Write what a step gave one request into it; None where there is nothing to tell."""
+        if result.error is not None:
+            return self._fail(request, result.error)
+        request.num_computed_tokens += num_tokens
+        if request.prompt_logprobs is not None:
+            request.prompt_logprobs += result.prompt_logprobs
+        if not result.token_ids:
+            return None
+        num_kept, finish_reason, request.stop_reason = check_tokens(
+            result.token_ids,
+            request.num_generated_tokens,
+            request.params,
+            request.eos_token_ids,
+            request.max_tokens,
+        )
+        request.token_ids += result.token_ids[:num_kept]
+        # Its logits are finite, and they have seen all it has stored.
+        self._cache.commit(
+            request.request_id,
+            request.token_ids,
+            request.num_computed_tokens,
+            request.cache_salt,
+        )
+        if request.logprobs is not None:
+            request.logprobs += result.logprobs[:num_kept]
+        request.metrics.last_token_time = now
+        if request.metrics.first_token_time is None:
+            request.metrics.first_token_time = now
+        if finish_reason is not None:
+            self._finish(request, finish_reason)
+        elif (
+            switch_length is not None
+            and request.num_tokens - num_kept <= switch_length < request.num_tokens
+        ):
+            # It has outgrown its keys: it stays where it is and runs from its beginning.
+            request.num_computed_tokens = 0
+        return Progress(request, result.token_ids[:num_kept])
+
+    def _fail(self, request: Request, reason: str) -> Progress:
+        """End a request with "error"."""
+        request.error = reason
+        if request.prompt_logprobs is not None and not request.num_generated_tokens:
+            del request.prompt_logprobs[1:]  # how many there are hangs on the chunks
+        self._finish(request, "error")
+        return Progress(request, ())
 
     def _finish(self, request: Request, finish_reason: FinishReason) -> None:
         del self._requests[request.request_id]
@@ -301,3 +317,8 @@ class Engine:
         self._sampler.forget(request)
         request.finish_reason = finish_reason
         request.metrics.finished_time = time.monotonic()
+
+
+def _described(error: Exception) -> str:
+    """An exception on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -211,7 +211,8 @@ class EngineThread:
             moved = submissions.step()
         except Exception as error:
             _log.exception("a step failed")
-            moved = submissions.fail(f"{type(error).__name__}: {error}")
+            submissions.fail(f"{type(error).__name__}: {error}")
+            moved = [order.submission for order in list(self._orders.values())]
         for submission in moved:
             order = self._orders.get(submission.request_id)
             if order is not None:

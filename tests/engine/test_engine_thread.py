@@ -324,6 +324,58 @@ def test_the_engine_is_its_threads_own(serve, scripted, make):
     setup.engine.check(request)  # looks at nothing that changes
 
 
+PLACES = {
+    "the schedule": lambda setup: (setup.engine._scheduler, "schedule"),
+    "room": lambda setup: (setup.cache, "allocate"),
+    "what is shared": lambda setup: (setup.cache, "reuse"),
+    "the model's input": lambda setup: (setup.cache, "view"),
+    "the sampler": lambda setup: (setup.engine._sampler, "sample"),
+    "what is kept": lambda setup: (setup.cache, "commit"),
+    "the text": lambda setup: (Completion, "take"),
+    "the end": lambda setup: (setup.engine, "abort"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_exception_at_the_nth_call_of_anything(scripted, make, monkeypatch, place):
+    """Each ends with its own tokens or with the reason, all is given back, the next is served."""
+    prompts = [[1] * 20, [2, 3], [1] * 17, [4]]
+    expected = [alone(scripted, prompt)[0] for prompt in prompts]
+    failed = 0
+    for nth in range(0, 24, 2):
+        setup = scripted.setup(num_units=5, max_num_seqs=3, max_num_batched_tokens=16)
+        owner, name = PLACES[place](setup)
+        original = getattr(owner, name)
+        calls = iter(range(10_000))
+
+        def failing(*arguments, original=original, calls=calls, nth=nth, **options):
+            if next(calls) == nth:
+                raise MemoryError("the Nth")
+            return original(*arguments, **options)
+
+        listeners = [Listener() for _ in prompts]
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing)
+            with EngineThread(lambda setup=setup: setup.engine) as thread:
+                for number, prompt in enumerate(prompts):
+                    thread.submit(make(str(number), prompt), listeners[number])
+                for listener in listeners:
+                    listener.wait()
+                thread.submit(make("next", [5]), after := Listener())
+                after.wait()
+        for listener, tokens in zip(listeners, expected, strict=True):
+            if listener.reasons == ["error"]:
+                failed += 1
+                assert listener.token_ids == tokens[: len(listener.token_ids)]
+                assert "the Nth" in listener.news[-1].outputs[0].stop_reason
+            else:
+                assert listener.token_ids == tokens
+        assert after.reasons in (["length"], ["error"])
+        setup.cache.check()
+        setup.expect_idle()
+    assert failed or place in ("the model's input", "the sampler")  # these are tried again
+
+
 @settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
