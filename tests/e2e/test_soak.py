@@ -23,7 +23,6 @@ pytestmark = pytest.mark.skipif(jit.INTERPRETED, reason="minutes without compile
 
 NUM_REQUESTS = 10_000 if os.environ.get("PACE_NB_TEST_LONG") else 150
 NUM_RUNNING = 48  # that wait or run at a time
-MEASURE_AFTER = 1 / 3  # of the requests: by then everything has been allocated once
 MOST_GROWTH = 8 * 2**20  # bytes; a leak of one list of tokens per request would be 20 MB
 
 
@@ -66,35 +65,10 @@ def test_memory_stays_flat_and_every_block_comes_back():
     rng = np.random.default_rng(0)
     stream = requests(rng)
     fates: Counter[str] = Counter()
-    running = {}  # submission -> the step in which it is given up, if it is
-    sent = step = before = 0
     with LLM(kv_cache_memory_bytes=40 * 16 * 1536) as llm:  # little: it evicts and preempts
-        cache = llm._engine._cache
-        while sent < NUM_REQUESTS or running:
-            while sent < NUM_REQUESTS and len(running) < NUM_RUNNING:
-                sent += 1
-                doomed = rng.random() < 0.1
-                try:
-                    submission = llm.submit(*next(stream))
-                except InvalidRequestError:
-                    fates["refused"] += 1
-                else:
-                    running[submission] = step + int(rng.integers(8)) if doomed else None
-            llm.step()
-            step += 1
-            for submission, last_step in list(running.items()):
-                if submission.finished or step == last_step:
-                    del running[submission]
-                    fates["answered" if submission.finished else "aborted"] += 1
-                    llm.withdraw(submission)
-                    count(submission, fates)
-            if not before and sent >= MEASURE_AFTER * NUM_REQUESTS:
-                before = anonymous_bytes()
-        cache.check()
-        assert cache.num_free_tokens == cache.num_total_tokens
-        assert not llm._submissions and llm._engine.num_unfinished == 0
-        scheduler = llm._engine._scheduler
-        assert not scheduler.waiting and not scheduler.running
+        serve(llm, stream, NUM_REQUESTS // 3, rng, fates)  # all is compiled and allocated once
+        before = anonymous_bytes()
+        serve(llm, stream, NUM_REQUESTS - NUM_REQUESTS // 3, rng, fates)
         after = anonymous_bytes()
 
     assert fates["answered"] + fates["aborted"] + fates["refused"] == NUM_REQUESTS
@@ -104,6 +78,35 @@ def test_memory_stays_flat_and_every_block_comes_back():
     seen = f"anonymous memory {before / 2**20:.1f} MiB, then {after / 2**20:.1f}: {dict(fates)}"
     assert after - before < MOST_GROWTH, seen
     sys.stderr.write(f"{seen}\n")
+
+
+def serve(llm, stream, num, rng, fates):
+    """Send so many, keep NUM_RUNNING under way, give up a tenth; nothing is left at the end."""
+    running = {}  # submission -> the step in which it is given up, if it is
+    sent = step = 0
+    while sent < num or running:
+        while sent < num and len(running) < NUM_RUNNING:
+            sent += 1
+            doomed = rng.random() < 0.1
+            try:
+                submission = llm.submit(*next(stream))
+            except InvalidRequestError:
+                fates["refused"] += 1
+            else:
+                running[submission] = step + int(rng.integers(8)) if doomed else None
+        llm.step()
+        step += 1
+        for submission, last_step in list(running.items()):
+            if submission.finished or step == last_step:
+                del running[submission]
+                fates["answered" if submission.finished else "aborted"] += 1
+                llm.withdraw(submission)
+                count(submission, fates)
+    cache, scheduler = llm._engine._cache, llm._engine._scheduler
+    cache.check()
+    assert cache.num_free_tokens == cache.num_total_tokens
+    assert not llm._submissions and llm._engine.num_unfinished == 0
+    assert not scheduler.waiting and not scheduler.running
 
 
 def count(submission, fates):
