@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
-from pace_nb.errors import ModelFormatError
+from pace_nb.errors import ModelFormatError, UnsupportedModelError
 from pace_nb.kernels import activation
 from pace_nb.layers.attention import Attention, Step
 from pace_nb.layers.decoder import CausalLM, DecoderLayer
@@ -73,6 +73,11 @@ class GptOssConfig:
         num_experts = json.integer("num_local_experts")
         if not (json.has("rope_scaling") or json.has("rope_parameters")):
             raise ModelFormatError("config.json: rope_scaling is missing, expected an object")
+        if json.text("hidden_act", "silu") != "silu":  # the gated unit is built on it
+            raise UnsupportedModelError(
+                f"hidden_act {json.text('hidden_act', '')!r} is not supported here,"
+                " supported: 'silu'"
+            )
         return cls(
             vocab_size=json.integer("vocab_size"),
             hidden_size=json.integer("hidden_size"),
