@@ -34,22 +34,35 @@ import numpy as np
 from numba import prange
 
 from pace_nb.kernels import bf16, jit
-from pace_nb.kernels.arrays import Array, flat_heads
+from pace_nb.kernels.arrays import Array, flat_heads, require
+from pace_nb.kernels.attention_plan import (
+    CHUNK,
+    DP,
+    GROUP,
+    IN_POOL,
+    KV_HEADS,
+    ROWS_OF_TASK,
+    TABLE_STRIDE,
+    TOKENS,
+    UNITS_PER_BLOCK,
+    WINDOW,
+    WORKERS,
+    D,
+    Plan,
+    operands,
+    plan,
+    reference,
+)
 from pace_nb.kernels.attention_rows import (
     KEY_BLOCK,
-    MR,
-    SPLIT,
     WORK,
     attend_split,
     batch_attention_ref,
-    checked,
     clear_rows,
     finish_row,
-    first_keys,
     fold_row,
     gather_rows,
     has_turn,
-    ours,
 )
 from pace_nb.kernels.kv_write import KVPool
 
@@ -93,34 +106,26 @@ def _attend_kernel(
     head_stride,
     k,
     v,
-    in_pool,
     table,
-    table_stride,
-    units_per_block,
     cu_seqlens_q,
     contexts,
     first_split,
     num_splits,
     sequences,
-    kv_heads,
-    group,
-    d,
-    dp,
-    tokens,
-    window,
-    chunk,
+    sizes,
     scale,
-    rows,
     top,
     total,
     values,
     storage,
     work,
     words,
-    workers,
 ):
     # One piece per (sequence, group of query tokens, key/value head, split): it reads its keys once
     # for all its rows and leaves m, l, o in `rows` rows of top, total, values. Workers take turns.
+    in_pool, units_per_block = sizes[IN_POOL], sizes[UNITS_PER_BLOCK]
+    kv_heads, group, d, dp = sizes[KV_HEADS], sizes[GROUP], sizes[D], sizes[DP]
+    tokens, rows, workers = sizes[TOKENS], sizes[ROWS_OF_TASK], sizes[WORKERS]
     size = len(storage) // workers
     for w in prange(workers):
         own = storage[w * size : w * size + size]
@@ -144,18 +149,18 @@ def _attend_kernel(
                                 v,
                                 h * in_pool,
                                 table,
-                                b * table_stride,
+                                b * sizes[TABLE_STRIDE],
                                 units_per_block,
                                 d,
                                 dp,
                                 n,
                                 group,
                                 contexts[b] - queries + t,
-                                window,
-                                chunk,
+                                sizes[WINDOW],
+                                sizes[CHUNK],
                                 scale,
                                 split,
-                                words[w * KEY_BLOCK : w * KEY_BLOCK + KEY_BLOCK],
+                                words[w * 2 * KEY_BLOCK : (w + 1) * 2 * KEY_BLOCK],
                                 work[w * WORK : w * WORK + WORK],
                                 p,
                                 top,
@@ -171,21 +176,17 @@ def _fold_kernel(
     cu_seqlens_q,
     num_splits,
     sequences,
-    kv_heads,
-    group,
-    d,
-    dp,
-    tokens,
-    rows,
+    sizes,
     top,
     total,
     values,
     sinks,
     out,
     work,
-    workers,
 ):
     # One (sequence, group of query tokens, key/value head) per turn: its splits in index order.
+    kv_heads, group, d, dp = sizes[KV_HEADS], sizes[GROUP], sizes[D], sizes[DP]
+    tokens, rows, workers = sizes[TOKENS], sizes[ROWS_OF_TASK], sizes[WORKERS]
     size = len(work) // workers
     for w in prange(workers):
         own = work[w * size : w * size + size]
@@ -213,7 +214,63 @@ def _fold_kernel(
                     piece += num_splits[b]
 
 
-# ---- public wrapper ------------------------------------------------------------------------------
+# ---- public wrappers -----------------------------------------------------------------------------
+def attend(
+    planned: Plan,
+    q: Array,
+    pool: KVPool,
+    scale: float,
+    sinks: Array | None = None,
+    out: Array | None = None,
+) -> Array:
+    """As `attention_decode`, for a step that `attention_plan.plan` has checked with split_keys."""
+    given = operands(planned, q, pool, scale, sinks, out)
+    if not len(planned.sequences):
+        return given.out
+    if jit.use_reference():
+        exact = reference(planned, q, pool, scale, sinks)
+        for b in planned.sequences:
+            mine = slice(planned.cu_seqlens_q[b], planned.cu_seqlens_q[b + 1])
+            given.out[mine] = bf16.narrow(exact[mine], given.out.dtype)
+        return given.out
+    flat, token_stride, head_stride = flat_heads(given.q)
+    with jit.threads_for(planned.key_bytes):
+        _attend_kernel(
+            flat,
+            token_stride,
+            head_stride,
+            given.k,
+            given.v,
+            planned.block_table.reshape(-1),
+            planned.cu_seqlens_q,
+            planned.contexts,
+            planned.first_split,
+            planned.num_splits,
+            planned.sequences,
+            planned.sizes,
+            given.scale,
+            planned.top,
+            planned.total,
+            planned.values,
+            planned.storage,
+            planned.work,
+            planned.words,
+        )
+        _fold_kernel(
+            planned.cu_seqlens_q,
+            planned.num_splits,
+            planned.sequences,
+            planned.sizes,
+            planned.top,
+            planned.total,
+            planned.values,
+            given.sinks,
+            given.out.reshape(-1),
+            planned.work,
+        )
+    return given.out
+
+
 def attention_decode(
     q: Array,
     pool: KVPool,
@@ -236,102 +293,18 @@ def attention_decode(
     (None: all); the rows of others are left as they are. window, chunk: at most one is not 0.
     Returns out. TypeError or ValueError names the argument that does not fit.
     """
-    given = checked(
+    require("attention_decode", "q", q, ("T", "H", "D"), (pool.k.dtype,))
+    planned = plan(
         "attention_decode",
-        q,
+        q.shape,
         pool,
         block_table,
         units_per_block,
         cu_seqlens_q,
         context_lens,
-        scale,
         window,
-        sinks,
-        out,
-        sequences,
         chunk,
+        sequences,
+        split_keys=True,
     )
-    out, chosen, queries = given.out, given.sequences, given.query_lens
-    if not len(chosen):
-        return out
-    if jit.use_reference():
-        exact = attention_decode_ref(
-            q,
-            pool,
-            block_table,
-            units_per_block,
-            cu_seqlens_q,
-            context_lens,
-            scale,
-            window,
-            sinks,
-            chosen,
-            chunk,
-        )
-        for b in chosen:
-            mine = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
-            out[mine] = bf16.narrow(exact[mine], out.dtype)
-        return out
-    d, dp, group, tokens = q.shape[2], given.padded, given.group, given.tokens
-    rows = min(tokens, int(queries[chosen].max())) * group
-    first_split = first_keys(given.contexts, queries, window, chunk) // SPLIT
-    num_splits = -(-given.contexts // SPLIT) - first_split
-    pieces = int((num_splits * -(-queries // tokens))[chosen].sum()) * len(pool.k)
-    workers = jit.num_threads()
-    top, total = np.empty((2, pieces * rows), np.float32)
-    values = np.empty(pieces * rows * dp, np.float32)
-    storage = np.empty(workers * (rows * d + MR * KEY_BLOCK), q.dtype)
-    cu = cu_seqlens_q.astype(np.int64)
-    flat, token_stride, head_stride = flat_heads(q if q.flags.writeable else q.copy())
-    with jit.threads_for(int(given.contexts[chosen].sum()) * len(pool.k) * 2 * d * pool.k.itemsize):
-        _attend_kernel(
-            flat,
-            token_stride,
-            head_stride,
-            pool.k.reshape(-1),
-            pool.v.reshape(-1),
-            pool.k.shape[1],
-            ours(block_table).reshape(-1),
-            block_table.shape[1],
-            units_per_block,
-            cu,
-            given.contexts,
-            first_split,
-            num_splits,
-            chosen,
-            len(pool.k),
-            group,
-            d,
-            dp,
-            tokens,
-            window,
-            chunk,
-            float(scale),
-            rows,
-            top,
-            total,
-            values,
-            storage,
-            np.empty(workers * WORK, np.float32),
-            np.empty(workers * KEY_BLOCK, np.int64),
-            workers,
-        )
-        _fold_kernel(
-            cu,
-            num_splits,
-            chosen,
-            len(pool.k),
-            group,
-            d,
-            dp,
-            tokens,
-            rows,
-            top,
-            total,
-            values,
-            given.sinks,
-            out.reshape(-1),
-            np.empty(workers * (16 + dp), np.float32),
-            workers,
-        )
-    return out
+    return attend(planned, q, pool, scale, sinks, out)

@@ -35,22 +35,37 @@ import numpy as np
 from numba import prange
 
 from pace_nb.kernels import bf16, jit
-from pace_nb.kernels.arrays import Array, flat_heads
+from pace_nb.kernels.arrays import Array, flat_heads, require
+from pace_nb.kernels.attention_plan import (
+    CHUNK,
+    DP,
+    GROUP,
+    IN_POOL,
+    KV_HEADS,
+    ROWS_OF_TASK,
+    TABLE_STRIDE,
+    TOKENS,
+    UNITS_PER_BLOCK,
+    WINDOW,
+    WORKERS,
+    D,
+    Plan,
+    operands,
+    plan,
+    reference,
+)
 from pace_nb.kernels.attention_rows import (
     KEY_BLOCK,
-    MR,
     SPLIT,
     WORK,
     attend_split,
     batch_attention_ref,
-    checked,
     clear_rows,
     finish_row,
     first_key,
     fold_row,
     gather_rows,
     has_turn,
-    ours,
 )
 from pace_nb.kernels.kv_write import KVPool
 
@@ -94,42 +109,35 @@ def _attend_kernel(
     head_stride,
     k,
     v,
-    in_pool,
     table,
-    table_stride,
-    units_per_block,
     cu_seqlens_q,
     contexts,
     sequences,
-    kv_heads,
-    group,
-    d,
-    dp,
-    tokens,
-    window,
-    chunk,
+    sizes,
     scale,
     sinks,
     out,
-    rows,
     top,
     total,
     values,
-    whole_top,
-    whole_total,
-    whole_values,
     storage,
     work,
     words,
-    workers,
 ):
     # One piece per (sequence, key/value head, tile of query tokens): it walks over its splits and
     # folds each as it is done. Workers take turns, neighbouring tiles of one head side by side.
+    in_pool, units_per_block = sizes[IN_POOL], sizes[UNITS_PER_BLOCK]
+    kv_heads, group, d, dp = sizes[KV_HEADS], sizes[GROUP], sizes[D], sizes[DP]
+    tokens, rows, workers = sizes[TOKENS], sizes[ROWS_OF_TASK], sizes[WORKERS]
+    window, chunk = sizes[WINDOW], sizes[CHUNK]
     size = len(storage) // workers
     for w in prange(workers):
         own = storage[w * size : w * size + size]
         p = own[rows * d :]
-        r0 = w * rows  # this worker's rows of m, l, o: of a split, and of all splits so far
+        # This worker's rows of m, l, o: first those of a split, then those of all splits so far.
+        split_top, whole_top = top[2 * w * rows :], top[(2 * w + 1) * rows :]
+        split_total, whole_total = total[2 * w * rows :], total[(2 * w + 1) * rows :]
+        split_values, whole_values = values[2 * w * rows * dp :], values[(2 * w + 1) * rows * dp :]
         piece = 0
         for b in sequences:
             q0, queries = cu_seqlens_q[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b]
@@ -139,7 +147,7 @@ def _attend_kernel(
                         n, position = min(tokens, queries - t), contexts[b] - queries + t
                         start = (q0 + t) * token_stride + h * group * head_stride
                         gather_rows(q, start, token_stride, head_stride, n, group, d, own)
-                        clear_rows(whole_top, whole_total, whole_values, r0, n * group, dp)
+                        clear_rows(whole_top, whole_total, whole_values, 0, n * group, dp)
                         low = first_key(position, window, chunk)
                         for split in range(low // SPLIT, (position + n - 1) // SPLIT + 1):
                             attend_split(
@@ -148,7 +156,7 @@ def _attend_kernel(
                                 v,
                                 h * in_pool,
                                 table,
-                                b * table_stride,
+                                b * sizes[TABLE_STRIDE],
                                 units_per_block,
                                 d,
                                 dp,
@@ -159,23 +167,23 @@ def _attend_kernel(
                                 chunk,
                                 scale,
                                 split,
-                                words[w * KEY_BLOCK : w * KEY_BLOCK + KEY_BLOCK],
+                                words[w * 2 * KEY_BLOCK : (w + 1) * 2 * KEY_BLOCK],
                                 work[w * WORK : w * WORK + WORK],
                                 p,
-                                top,
-                                total,
-                                values,
-                                r0,
+                                split_top,
+                                split_total,
+                                split_values,
+                                0,
                             )
-                            for r in range(r0, r0 + n * group):
+                            for r in range(n * group):
                                 fold_row(
                                     whole_top,
                                     whole_total,
                                     whole_values,
                                     r,
-                                    top,
-                                    total,
-                                    values,
+                                    split_top,
+                                    split_total,
+                                    split_values,
                                     r,
                                     dp,
                                 )
@@ -183,21 +191,56 @@ def _attend_kernel(
                             head = h * group + r % group
                             y0 = ((q0 + t + r // group) * kv_heads * group + head) * d
                             finish_row(
-                                whole_top,
-                                whole_total,
-                                whole_values,
-                                r0 + r,
-                                sinks,
-                                head,
-                                out,
-                                y0,
-                                d,
-                                dp,
+                                whole_top, whole_total, whole_values, r, sinks, head, out, y0, d, dp
                             )
                     piece += 1
 
 
-# ---- public wrapper ------------------------------------------------------------------------------
+# ---- public wrappers -----------------------------------------------------------------------------
+def attend(
+    planned: Plan,
+    q: Array,
+    pool: KVPool,
+    scale: float,
+    sinks: Array | None = None,
+    out: Array | None = None,
+) -> Array:
+    """As `attention_prefill`, for a step that `attention_plan.plan` has checked."""
+    given = operands(planned, q, pool, scale, sinks, out)
+    if not len(planned.sequences):
+        return given.out
+    if jit.use_reference():
+        exact = reference(planned, q, pool, scale, sinks)
+        for b in planned.sequences:
+            mine = slice(planned.cu_seqlens_q[b], planned.cu_seqlens_q[b + 1])
+            given.out[mine] = bf16.narrow(exact[mine], given.out.dtype)
+        return given.out
+    flat, token_stride, head_stride = flat_heads(given.q)
+    with jit.threads_for(planned.key_bytes * (planned.q_shape[0] // len(planned.sequences))):
+        _attend_kernel(
+            flat,
+            token_stride,
+            head_stride,
+            given.k,
+            given.v,
+            planned.block_table.reshape(-1),
+            planned.cu_seqlens_q,
+            planned.contexts,
+            planned.sequences,
+            planned.sizes,
+            given.scale,
+            given.sinks,
+            given.out.reshape(-1),
+            planned.top,
+            planned.total,
+            planned.values,
+            planned.storage,
+            planned.work,
+            planned.words,
+        )
+    return given.out
+
+
 def attention_prefill(
     q: Array,
     pool: KVPool,
@@ -220,83 +263,17 @@ def attention_prefill(
     (None: all); the rows of others are left as they are. window, chunk: at most one is not 0.
     Returns out. TypeError or ValueError names the argument that does not fit.
     """
-    given = checked(
+    require("attention_prefill", "q", q, ("T", "H", "D"), (pool.k.dtype,))
+    planned = plan(
         "attention_prefill",
-        q,
+        q.shape,
         pool,
         block_table,
         units_per_block,
         cu_seqlens_q,
         context_lens,
-        scale,
         window,
-        sinks,
-        out,
-        sequences,
         chunk,
+        sequences,
     )
-    out, chosen, queries = given.out, given.sequences, given.query_lens
-    if not len(chosen):
-        return out
-    if jit.use_reference():
-        exact = attention_prefill_ref(
-            q,
-            pool,
-            block_table,
-            units_per_block,
-            cu_seqlens_q,
-            context_lens,
-            scale,
-            window,
-            sinks,
-            chosen,
-            chunk,
-        )
-        for b in chosen:
-            mine = slice(cu_seqlens_q[b], cu_seqlens_q[b + 1])
-            out[mine] = bf16.narrow(exact[mine], out.dtype)
-        return out
-    d, dp, group = q.shape[2], given.padded, given.group
-    rows = min(given.tokens, int(queries[chosen].max())) * group
-    workers = jit.num_threads()
-    top, total, whole_top, whole_total = np.empty((4, workers * rows), np.float32)
-    values, whole_values = np.empty((2, workers * rows * dp), np.float32)
-    storage = np.empty(workers * (rows * d + MR * KEY_BLOCK), q.dtype)
-    flat, token_stride, head_stride = flat_heads(q if q.flags.writeable else q.copy())
-    with jit.threads_for(int(given.contexts[chosen].sum()) * q[0].nbytes):
-        _attend_kernel(
-            flat,
-            token_stride,
-            head_stride,
-            pool.k.reshape(-1),
-            pool.v.reshape(-1),
-            pool.k.shape[1],
-            ours(block_table).reshape(-1),
-            block_table.shape[1],
-            units_per_block,
-            cu_seqlens_q.astype(np.int64),
-            given.contexts,
-            chosen,
-            len(pool.k),
-            group,
-            d,
-            dp,
-            given.tokens,
-            window,
-            chunk,
-            float(scale),
-            given.sinks,
-            out.reshape(-1),
-            rows,
-            top,
-            total,
-            values,
-            whole_top,
-            whole_total,
-            whole_values,
-            storage,
-            np.empty(workers * WORK, np.float32),
-            np.empty(workers * KEY_BLOCK, np.int64),
-            workers,
-        )
-    return out
+    return attend(planned, q, pool, scale, sinks, out)

@@ -37,12 +37,11 @@ Notebook: 06 online softmax. Ledger: attention_decode.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
 from pace_nb.kernels import jit
-from pace_nb.kernels.arrays import STORAGE, Array, ascends, in_range, require, writable
+from pace_nb.kernels.arrays import Array
 from pace_nb.kernels.bf16 import widen
 from pace_nb.kernels.exp import exp
 from pace_nb.kernels.kv_write import UNIT, KVPool, kv_gather_ref
@@ -54,11 +53,13 @@ from pace_nb.kernels.lanes import (
     load_tail,
     maximum,
     per_word,
+    prefetch,
     reduce_add,
     reduce_max,
     second_of_words,
     splat,
     store,
+    store_operand,
     store_tail,
     tile_dot,
     tile_dot_apart,
@@ -147,12 +148,19 @@ def _score_tile(mr):
     """The device function for `mr` rows; every size is its own type of tile, held in registers."""
 
     @jit.device_fn
-    def scores(q, q0, d, k, k0, work):
-        # work [mr, 64] = q [mr, D] at q0 . keys of a block; unit j [D/S, 16, S] begins at k0[j].
+    def scores(q, q0, d, k, k0, later, work):
+        # work [mr, 64] = q [mr, D] at q0 . keys of a block; unit j [D/S, 16, S] begins at k0[j],
+        # that of the next block at later[j].
         s = per_word(q)
+        steps = d // s
         acc = tile_zeros(mr, 4)
-        for x in range(d // s):
-            acc = tile_dot_apart(acc, q, q0 + x * s, d, k, k0, x * 16 * s)
+        for j in range(4):
+            ahead = later[j]
+            for x in range(j * steps // 4, (j + 1) * steps // 4):
+                for i in range(4):
+                    prefetch(k, ahead + i * 16 * s)
+                ahead += 64 * s
+                acc = tile_dot_apart(acc, q, q0 + x * s, d, k, k0, x * 16 * s)
         tile_store(acc, work, 0, KEY_BLOCK)
 
     return scores
@@ -164,10 +172,14 @@ def _value_tile(nv, mr):
     @jit.device_fn
     def add_values(p, v, dp, column, words, first, end, work, values, o0):
         # values [mr, Dp] at o0 = alpha values + p [mr, 64] V, over words first .. end of the block
-        # (a word is S keys of one column); the words of all columns [Dp, S] begin at words[x].
+        # (a word is S keys of one column); the words of all columns [Dp, S] begin at words[x],
+        # those of the next block at words[64 + x].
         s = per_word(v)
         acc = tile_scale_rows(tile_load(mr, nv, values, o0 + column, dp), work, ALPHA)
         for x in range(first, end):
+            ahead = words[KEY_BLOCK + x] + column * s
+            for i in range(nv):
+                prefetch(v, ahead + 16 * i * s)
             acc = tile_dot(acc, p, x * s, KEY_BLOCK, v, words[x] + column * s, 16 * s)
         tile_store(acc, values, o0 + column, dp)
 
@@ -197,19 +209,26 @@ _add_64_columns, _add_16_columns = (_by_rows(partial(_value_tile, nv)) for nv in
 
 
 @jit.device_fn
-def _softmax_rows(mr, first, end, scale, work, p, top, total, r):
-    """p [mr, 64] = exp(scale scores - m), rounded to storage, 0 outside keys first .. end.
+def _hide(mr, first, end, scale, work):
+    """Scores [mr, 64], scaled; outside keys first .. end -inf, so that their weights are 0."""
+    hidden, factor = splat(-np.inf), splat(scale)
+    for i in range(0, mr * KEY_BLOCK, 16):
+        key = i % KEY_BLOCK
+        store(work, i, keep_lanes(load(work, i) * factor, first - key, end - key, hidden))
+
+
+@jit.device_fn
+def _softmax_rows(mr, scale, work, p, top, total, r):
+    """p [mr, 64] = exp(scale scores - m), rounded to storage.
 
     Rows r .. r + mr of top and total (m and l) take these keys in; alpha = exp(old m - new m) goes
     to `work`, for the values.
     """
-    hidden, factor = splat(-np.inf), splat(scale)
+    factor = splat(scale)
     for i in range(mr):
         at = i * KEY_BLOCK
-        s0 = keep_lanes(load(work, at) * factor, first, end, hidden)
-        s1 = keep_lanes(load(work, at + 16) * factor, first - 16, end - 16, hidden)
-        s2 = keep_lanes(load(work, at + 32) * factor, first - 32, end - 32, hidden)
-        s3 = keep_lanes(load(work, at + 48) * factor, first - 48, end - 48, hidden)
+        s0, s1 = load(work, at) * factor, load(work, at + 16) * factor
+        s2, s3 = load(work, at + 32) * factor, load(work, at + 48) * factor
         block_top = reduce_max(maximum(maximum(s0, s1), maximum(s2, s3)))
         # The comparison loses a NaN, but exp keeps it: the sum and the values become NaN.
         new = block_top if block_top > top[r + i] else top[r + i]
@@ -217,10 +236,10 @@ def _softmax_rows(mr, first, end, scale, work, p, top, total, r):
         s0, s1, s2, s3 = exp(s0 - shift), exp(s1 - shift), exp(s2 - shift), exp(s3 - shift)
         work[NEW + i] = new
         work[SUM + i] = reduce_add((s0 + s1) + (s2 + s3))
-        store(p, at, s0)
-        store(p, at + 16, s1)
-        store(p, at + 32, s2)
-        store(p, at + 48, s3)
+        store_operand(p, at, s0)
+        store_operand(p, at + 16, s1)
+        store_operand(p, at + 32, s2)
+        store_operand(p, at + 48, s3)
     new_top = load_tail(work, NEW, mr)
     alpha = exp(load_tail(top, r, mr) - new_top)
     store(work, ALPHA, alpha)
@@ -295,6 +314,25 @@ def first_key(position, window, chunk):
 
 
 @jit.device_fn
+def _locate(head, table, t0, units_per_block, block, near, far, d, dp, s, words, w0):
+    """Where the keys of a block's four units begin; where its words of values do, in words[w0:].
+
+    Units outside near .. far may not exist: one that does takes their place.
+    """
+    b = block // 16
+    u0 = head + unit_number(table, t0, units_per_block, max(near, min(far, b)))
+    u1 = head + unit_number(table, t0, units_per_block, max(near, min(far, b + 1)))
+    u2 = head + unit_number(table, t0, units_per_block, max(near, min(far, b + 2)))
+    u3 = head + unit_number(table, t0, units_per_block, max(near, min(far, b + 3)))
+    for x in range(16 // s):
+        words[w0 + x] = (u0 * 16 // s + x) * dp * s
+        words[w0 + x + 16 // s] = (u1 * 16 // s + x) * dp * s
+        words[w0 + x + 32 // s] = (u2 * 16 // s + x) * dp * s
+        words[w0 + x + 48 // s] = (u3 * 16 // s + x) * dp * s
+    return u0 * 16 * d, u1 * 16 * d, u2 * 16 * d, u3 * 16 * d
+
+
+@jit.device_fn
 def attend_split(
     q,
     k,
@@ -323,27 +361,37 @@ def attend_split(
     """m, l, o of q [tokens * group, D] over the keys of split number `split`, into rows r0 ...
 
     The first token is at `position`; `head` is the pool's first unit of the key/value head; words
-    [64] int64, p [6 * 64] in storage dtype and work [WORK] f32 are scratch.
+    [2 * 64] int64, p [6 * 64] in storage dtype and work [WORK] f32 are scratch.
     """
     s = per_word(v)
     clear_rows(top, total, values, r0, tokens * group, dp)
     low = max(first_key(position, window, chunk), split * SPLIT)
     high = min(position + tokens, split * SPLIT + SPLIT)
-    for block in range(low // KEY_BLOCK * KEY_BLOCK, high, KEY_BLOCK):
-        # Units that no row sees may not exist: one that is seen is read in their place.
-        near, far = low // 16, (high - 1) // 16
-        b = block // 16
-        u0 = head + unit_number(table, t0, units_per_block, max(near, min(far, b)))
-        u1 = head + unit_number(table, t0, units_per_block, max(near, min(far, b + 1)))
-        u2 = head + unit_number(table, t0, units_per_block, max(near, min(far, b + 2)))
-        u3 = head + unit_number(table, t0, units_per_block, max(near, min(far, b + 3)))
-        k0 = (u0 * 16 * d, u1 * 16 * d, u2 * 16 * d, u3 * 16 * d)
-        for x in range(16 // s):
-            words[x] = (u0 * 16 // s + x) * dp * s
-            words[x + 16 // s] = (u1 * 16 // s + x) * dp * s
-            words[x + 32 // s] = (u2 * 16 // s + x) * dp * s
-            words[x + 48 // s] = (u3 * 16 // s + x) * dp * s
-        last_first = first_key(position + tokens - 1, window, chunk)
+    if low >= high:
+        return
+    near, far, start = low // 16, (high - 1) // 16, low // KEY_BLOCK * KEY_BLOCK
+    last_first = first_key(position + tokens - 1, window, chunk)
+    later = _locate(head, table, t0, units_per_block, start, near, far, d, dp, s, words, KEY_BLOCK)
+    for block in range(start, high, KEY_BLOCK):
+        # The next block is asked for while this one is computed: units lie apart, and what the
+        # hardware fetches on its own ends with each.
+        k0 = later
+        for x in range(KEY_BLOCK // s):
+            words[x] = words[KEY_BLOCK + x]
+        later = _locate(
+            head,
+            table,
+            t0,
+            units_per_block,
+            block + KEY_BLOCK,
+            near,
+            far,
+            d,
+            dp,
+            s,
+            words,
+            KEY_BLOCK,
+        )
         whole = position + 1 >= block + KEY_BLOCK and last_first <= block
         step = tokens if whole else 1
         for t in range(0, tokens, step):
@@ -357,8 +405,12 @@ def attend_split(
                 left = rows - r
                 mr = MR if left >= MR else 4 if left >= 4 else 2 if left >= 2 else 1
                 o0 = (r0 + r) * dp
-                _scores(mr, q, r * d, d, k, k0, work)
-                _softmax_rows(mr, first, end, scale, work, p, top, total, r0 + r)
+                _scores(mr, q, r * d, d, k, k0, later, work)
+                factor = scale
+                if first > 0 or end < KEY_BLOCK:
+                    _hide(mr, first, end, scale, work)
+                    factor = 1.0
+                _softmax_rows(mr, factor, work, p, top, total, r0 + r)
                 _add_values(mr, p, v, dp, words, begin, stop, work, values, o0)
                 if first % s:
                     _add_lone_value(mr, p, first, v, dp, words, values, o0)
@@ -406,150 +458,3 @@ def has_turn(turn, worker, workers):
     """Is piece `turn` this worker's? Back and forth, so that growing pieces are shared evenly."""
     place, odd = turn % workers, turn // workers % 2
     return place == (workers - 1 - worker if odd else worker)
-
-
-# ---- what both wrappers check --------------------------------------------------------------------
-class Given(NamedTuple):
-    """The checked arguments of an attention call, and what follows from them."""
-
-    out: Array  # [T, H, D]
-    sequences: Array  # int64: indices of the sequences to compute
-    query_lens: Array  # int64 [B]
-    contexts: Array  # int64 [B]
-    sinks: Array  # f32 [H], or of size 0
-    group: int  # query heads of a key/value head
-    padded: int  # Dp
-    tokens: int  # query tokens of a task: token groups are cut at multiples of it
-
-
-def checked(
-    kernel: str,
-    q: Array,
-    pool: KVPool,
-    block_table: Array,
-    units_per_block: int,
-    cu_seqlens_q: Array,
-    context_lens: Array,
-    scale: float,
-    window: int,
-    sinks: Array | None,
-    out: Array | None,
-    sequences: Array | None,
-    chunk: int,
-) -> Given:
-    """Check every argument; TypeError or ValueError names the one that does not fit."""
-    require(kernel, "pool.k", pool.k, ("KVH", "U", "D / S", UNIT, "S"), STORAGE)
-    kv_heads, in_pool, words, _, s = pool.k.shape
-    d, dtype = words * s, pool.k.dtype
-    padded = -(-d // 16) * 16
-    if s != 4 // dtype.itemsize or d == 0 or kv_heads == 0:
-        raise ValueError(f"{kernel}: pool.k has shape {pool.k.shape}, expected a pool of new_pool")
-    require(kernel, "pool.v", pool.v, (kv_heads, in_pool, UNIT // s, padded, s), (dtype,))
-    if not (pool.k.flags.c_contiguous and pool.v.flags.c_contiguous):
-        raise ValueError(f"{kernel}: pool.k or pool.v is not contiguous")
-    require(kernel, "q", q, ("T", "H", d), (dtype,))
-    heads = q.shape[1]
-    if heads == 0 or heads % kv_heads:
-        raise ValueError(f"{kernel}: q has {heads} heads, expected a multiple of {kv_heads}")
-    require(kernel, "block_table", block_table, ("B", "X"), (np.int64,))
-    require(kernel, "cu_seqlens_q", cu_seqlens_q, (len(block_table) + 1,), (np.int32, np.int64))
-    require(kernel, "context_lens", context_lens, (len(block_table),), (np.int32, np.int64))
-    if not abs(scale) <= float(np.finfo(np.float32).max):
-        raise ValueError(f"{kernel}: scale is {scale}, expected a finite number")
-    if window < 0:
-        raise ValueError(f"{kernel}: window is {window}, expected 0 (none) or more")
-    if chunk < 0 or (chunk and window):
-        raise ValueError(
-            f"{kernel}: chunk is {chunk} and window {window}, expected 0 (none) or more, "
-            "and one of them 0"
-        )
-    if sinks is not None:
-        require(kernel, "sinks", sinks, (heads,))
-    if units_per_block < 1:
-        raise ValueError(f"{kernel}: units_per_block is {units_per_block}, expected 1 or more")
-    if out is None:
-        out = np.empty(q.shape, dtype) if sequences is None else np.zeros(q.shape, dtype)
-    else:
-        require(kernel, "out", out, q.shape, (dtype,))
-        writable(kernel, "out", out)
-    if cu_seqlens_q[0] != 0 or cu_seqlens_q[-1] != len(q) or not ascends(cu_seqlens_q):
-        raise ValueError(f"{kernel}: cu_seqlens_q is not a rising sequence from 0 to T = {len(q)}")
-    query_lens = np.diff(cu_seqlens_q).astype(np.int64)
-    contexts = context_lens.astype(np.int64)
-    if (contexts < query_lens).any():
-        b = int((contexts < query_lens).argmax())
-        raise ValueError(
-            f"{kernel}: context_lens[{b}] is {contexts[b]}, expected {query_lens[b]} or more, "
-            "its query tokens"
-        )
-    if sequences is None:
-        sequences = np.flatnonzero(query_lens)
-    else:
-        require(kernel, "sequences", sequences, ("N",), (np.int32, np.int64))
-        in_range(kernel, "sequences", sequences, len(contexts))
-        sequences = sequences[query_lens[sequences] > 0].astype(np.int64)
-    _check_table(
-        kernel,
-        block_table,
-        units_per_block,
-        in_pool,
-        first_keys(contexts, query_lens, window, chunk),
-        contexts,
-        sequences,
-    )
-    group = heads // kv_heads
-    return Given(
-        out,
-        sequences,
-        query_lens,
-        contexts,
-        np.empty(0, np.float32) if sinks is None else ours(sinks),
-        group,
-        padded,
-        max(1, ROWS // group),
-    )
-
-
-def ours(x: Array) -> Array:
-    """x contiguous and writable: read-only is another type, for which a kernel compiles again."""
-    return np.array(x) if not x.flags.writeable else np.ascontiguousarray(x)
-
-
-def first_keys(contexts: Array, query_lens: Array, window: int, chunk: int) -> Array:
-    """[B] first key that any query token of a sequence sees."""
-    positions = contexts - query_lens  # of the first query tokens
-    if chunk:
-        return positions // chunk * chunk
-    return np.maximum(positions + 1 - window, 0) if window else np.zeros_like(contexts)
-
-
-def _check_table(
-    kernel: str,
-    block_table: Array,
-    units_per_block: int,
-    in_pool: int,
-    first: Array,
-    contexts: Array,
-    sequences: Array,
-) -> None:
-    """The blocks that hold the keys first .. contexts of `sequences` must lie in the pool."""
-    if not len(sequences):
-        return
-    begin, end = first[sequences] // UNIT, -(-contexts[sequences] // UNIT)  # units
-    if int(end.max()) > block_table.shape[1] * units_per_block:
-        b = int(sequences[end.argmax()])
-        raise ValueError(
-            f"{kernel}: context_lens[{b}] is {contexts[b]}, expected at most what block_table's "
-            f"{block_table.shape[1]} blocks of {units_per_block} units hold"
-        )
-    column = np.arange(-(-int(end.max()) // units_per_block)) * units_per_block
-    table = block_table[sequences, : len(column)]
-    used = np.minimum(units_per_block, end[:, None] - column)
-    needed = (used > 0) & (column + units_per_block > begin[:, None])
-    wrong = needed & ((table < 0) | (table > in_pool - used))
-    if wrong.any():
-        i, x = (int(n) for n in np.argwhere(wrong)[0])
-        raise ValueError(
-            f"{kernel}: block_table[{sequences[i]}, {x}] is {table[i, x]}, expected 0 to "
-            f"{in_pool - used[i, x]} for a block of which {used[i, x]} units are used"
-        )

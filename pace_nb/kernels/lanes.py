@@ -336,6 +336,27 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     return ctx.get_dummy_value()
 
 
+def store_operand(x: np.ndarray, i: int, v: np.ndarray) -> None:
+    """As `store`, for values that only a dot product will read: denormals may become zeros."""
+    store(x, i, v)
+
+
+@llvm_body(store_operand, _store_type)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    index = ctx.cast(bld, args[1], sig.args[1], types.intp)
+    if sig.args[0].dtype == types.uint16:
+        pointer = _vector_pointer(ctx, bld, sig.args[0], args[0], index, _I16X16)
+        if _has(ctx, "avx512f", "avx512bf16"):
+            name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+            narrowed = bld.bitcast(_call(bld, name, _BF16X16, args[2]), _I16X16)
+        else:
+            narrowed = _narrow(ctx, bld, args[2])
+        bld.store(narrowed, pointer, align=2)
+    else:
+        bld.store(args[2], _vector_pointer(ctx, bld, sig.args[0], args[0], index, _F32X16), align=4)
+    return ctx.get_dummy_value()
+
+
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """a * b + c, rounded once (a CPU without the instruction rounds twice)."""
     return (a.astype(np.float64) * b + c).astype(np.float32)
@@ -440,6 +461,9 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     return bld.fsub(bld.fadd(args[0], magic), magic)
 
 
+_CURRENT_ROUNDING = 4  # of LLVM's AVX-512 intrinsics: as the thread's control register says
+
+
 def scale_pow2(v: np.ndarray, n: np.ndarray) -> np.ndarray:
     """v * 2**n for integral n in [-252, 254] and v of about 1 (0.5 <= |v| < 4), rounded once.
 
@@ -453,9 +477,12 @@ def scale_pow2(v: np.ndarray, n: np.ndarray) -> np.ndarray:
 @llvm_body(scale_pow2, _all_f32x16)
 def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     v, n = args
+    if _has(ctx, "avx512f"):
+        name = "llvm.x86.avx512.mask.scalef.ps.512"
+        none, every = ir.Constant(_F32X16, ir.Undefined), ir.Constant(_I16, -1)
+        return _call(bld, name, _F32X16, v, n, none, every, ir.Constant(_I32, _CURRENT_ROUNDING))
     # 2**n as two factors, each built from exponent bits, so that 2**-140 and 2**128 need no special
-    # case: the first product is exact, the second rounds once. (vscalefps would do it in one, but
-    # only where AVX-512 is.)
+    # case: the first product is exact, the second rounds once.
     is_nan = bld.fcmp_unordered("uno", n, n)
     whole = bld.fptosi(bld.select(is_nan, ir.Constant(_F32X16, [0.0] * W), n), _I32X16)
     half = bld.ashr(whole, _i32_splat(1))
