@@ -28,19 +28,30 @@ def require(
     shape: Sequence[int | str | None],
     dtypes: Sequence[Any] = (np.float32,),
 ) -> None:
-    """`x` must be an ndarray of one of `dtypes` and of `shape`, where a letter or None fits all."""
+    """`x` must be an ndarray of one of `dtypes` and of `shape`, where a letter or None fits all.
+
+    Called for each argument of each kernel: what fits is found out in about a microsecond.
+    """
+    if isinstance(x, np.ndarray) and x.dtype in dtypes and x.ndim == len(shape):
+        for want, have in zip(shape, x.shape, strict=True):
+            if want != have and isinstance(want, (int, np.integer)):
+                break
+        else:
+            return
+    _refuse(kernel, name, x, shape, dtypes)
+
+
+def _refuse(
+    kernel: str, name: str, x: object, shape: Sequence[int | str | None], dtypes: Sequence[Any]
+) -> None:
+    """Say what does not fit."""
     if not isinstance(x, np.ndarray):
         raise TypeError(f"{kernel}: {name} is {type(x).__name__}, expected numpy.ndarray")
-    if x.dtype not in [np.dtype(d) for d in dtypes]:
-        wanted = " or ".join(np.dtype(d).name for d in dtypes)
-        raise TypeError(f"{kernel}: {name} has dtype {x.dtype}, expected {wanted}")
-    fits = x.ndim == len(shape) and all(
-        want is None or isinstance(want, str) or want == have
-        for want, have in zip(shape, x.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join("any" if s is None else str(s) for s in shape)
-        raise ValueError(f"{kernel}: {name} has shape {x.shape}, expected ({wanted})")
+    if x.dtype not in dtypes:
+        expected = " or ".join(np.dtype(d).name for d in dtypes)
+        raise TypeError(f"{kernel}: {name} has dtype {x.dtype}, expected {expected}")
+    wanted = ", ".join("any" if s is None else str(s) for s in shape)
+    raise ValueError(f"{kernel}: {name} has shape {x.shape}, expected ({wanted})")
 
 
 def contiguous(kernel: str, name: str, x: Array) -> None:

@@ -65,6 +65,9 @@ AHEAD = 16
 KC = 2048  # k per block: a panel's block is 256 KiB in BF16, a quarter of L2; read M / MR times
 
 
+_NO_BIAS = np.empty(0, np.float32)
+
+
 class PackedWeight(NamedTuple):
     """A weight as the kernels read it: `data` flat, [N/64, K/S, 64, S]; n, k as before padding."""
 
@@ -117,7 +120,7 @@ def _step(x: Array) -> int:
 
 def packed_size(n: int, k: int, dtype: DTypeLike) -> int:
     """Elements of `data` for a weight [n, k]."""
-    step = 2 if np.dtype(dtype) == np.uint16 else 1
+    step = 2 if dtype == np.uint16 else 1
     return -(-n // NR) * NR * -(-k // step) * step
 
 
@@ -320,20 +323,13 @@ def gemm(
     k_pad, n_pad = -weight.k % _step(x), -weight.n % NR
     if k_pad:
         x = np.pad(x, ((0, 0), (0, k_pad)))  # an odd K: the last pair needs its zero
-    padded = (
-        np.empty(0, np.float32) if bias is None else np.pad(bias, (0, n_pad)) if n_pad else bias
-    )
-    flat = np.ascontiguousarray(x).reshape(-1)
+    if bias is None:
+        bias = _NO_BIAS
+    elif n_pad:
+        bias = np.pad(bias, (0, n_pad))
+    flat, padded = np.ascontiguousarray(x).reshape(-1), np.ascontiguousarray(bias)
     with jit.threads_for(weight.data.nbytes * -(-len(x) // MR)):
-        _gemm_kernel(
-            flat,
-            weight.data,
-            np.ascontiguousarray(padded),
-            out.reshape(-1),
-            *x.shape[:1],
-            weight.n,
-            x.shape[1],
-        )
+        _gemm_kernel(flat, weight.data, padded, out.reshape(-1), len(x), weight.n, weight.k + k_pad)
     return out
 
 

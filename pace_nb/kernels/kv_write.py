@@ -135,6 +135,15 @@ def kv_write_ref(
             pool.v[:, unit, slot // s, :d, slot % s] = narrow(widen(v[t]), dtype)
 
 
+def _write_rows_ref(k: Array, v: Array, pool: KVPool, rows: Array) -> None:
+    """`kv_write_ref` of planned rows."""
+    for unit, slot, end, first in rows:
+        # A sequence of its own that begins at the unit's first slot and holds these tokens last.
+        tokens = slice(int(first), int(first + end - slot))
+        table, lens = np.array([[unit]]), np.array([0, end - slot])
+        kv_write_ref(k[tokens], v[tokens], pool, table, 1, lens, np.array([end]))
+
+
 def kv_gather_ref(
     pool: KVPool, block_table_row: Array, units_per_block: int, length: int
 ) -> tuple[Array, Array]:
@@ -192,37 +201,40 @@ def _kv_write_kernel(
         _write_values(v, t * v_row + h * v_head, v_row, pool_v, p * dp, slot, end, d, dp, s)
 
 
-# ---- public wrapper ------------------------------------------------------------------------------
-def _checked(
-    k: Array,
-    v: Array,
-    pool: KVPool,
+# ---- public wrappers -----------------------------------------------------------------------------
+class WritePlan(NamedTuple):
+    """Where a step's keys and values go, checked once for all layers alike."""
+
+    rows: Array  # [N, 4] int64, one per unit to write: see the kernel
+    num_tokens: int  # T
+    num_units: int  # U of the pools it was checked for
+
+
+def plan(
+    num_units: int,
+    num_tokens: int,
     block_table: Array,
     units_per_block: int,
     cu_seqlens_q: Array,
     context_lens: Array,
-) -> Array:
-    """Check everything; return `rows` [N, 4] int64, one per unit to write (see the kernel)."""
+) -> WritePlan:
+    """Check a step: T = num_tokens new tokens, a cache of num_units units.
+
+    block_table int64 [B, X]; units_per_block >= 1; cu_seqlens_q [B + 1] and context_lens [B] int32
+    or int64; context_lens counts the new tokens. ValueError or TypeError names the argument that
+    does not fit; only the blocks that will be written to are looked at.
+    """
     name = "kv_write"
-    require(name, "pool.k", pool.k, ("KVH", "U", "D / S", UNIT, "S"), STORAGE)
-    heads, in_pool, _, _, s = pool.k.shape
-    if s != _pair(pool.k.dtype):
-        raise ValueError(f"{name}: pool.k has shape {pool.k.shape}, expected a last axis of S")
-    d = pool.k.shape[2] * s
-    require(name, "pool.v", pool.v, (heads, in_pool, UNIT // s, _padded(d), s), (pool.k.dtype,))
-    writable(name, "pool.k", pool.k)
-    writable(name, "pool.v", pool.v)
-    given = (np.float32,) if pool.k.dtype == np.float32 else STORAGE
-    require(name, "k", k, ("T", heads, d), given)
-    require(name, "v", v, k.shape, given)
     require(name, "block_table", block_table, ("B", "X"), (np.int64,))
     require(name, "cu_seqlens_q", cu_seqlens_q, (len(block_table) + 1,), INTEGERS)
     require(name, "context_lens", context_lens, (len(block_table),), INTEGERS)
     if units_per_block < 1:
         raise ValueError(f"{name}: units_per_block is {units_per_block}, expected at least 1")
     cu, ctx = cu_seqlens_q.astype(np.int64), context_lens.astype(np.int64)
-    if cu[0] != 0 or cu[-1] != len(k) or not ascends(cu):
-        raise ValueError(f"{name}: cu_seqlens_q is not a rising sequence from 0 to T = {len(k)}")
+    if cu[0] != 0 or cu[-1] != num_tokens or not ascends(cu):
+        raise ValueError(
+            f"{name}: cu_seqlens_q is not a rising sequence from 0 to T = {num_tokens}"
+        )
     query_lens = np.diff(cu)
     starts = ctx - query_lens  # position of the first row of each sequence
     if (starts < 0).any():
@@ -242,13 +254,62 @@ def _checked(
             f"{block_table.shape[1]} blocks of {units_per_block} units hold"
         )
     block = block_table[owner, column]
-    in_range(name, "block_table", block, in_pool)
+    in_range(name, "block_table", block, num_units)
     unit = block + logical % units_per_block
-    in_range(name, "block_table + unit in block", unit, in_pool)
+    in_range(name, "block_table + unit in block", unit, num_units)
     begin = logical * UNIT
     slot = np.maximum(starts[owner] - begin, 0)
     end = np.minimum(ctx[owner] - begin, UNIT)
-    return np.stack((unit, slot, end, cu[owner] + begin + slot - starts[owner]), axis=1)
+    rows = np.stack((unit, slot, end, cu[owner] + begin + slot - starts[owner]), axis=1)
+    return WritePlan(rows, num_tokens, num_units)
+
+
+def write(k: Array, v: Array, pool: KVPool, planned: WritePlan) -> None:
+    """Write the keys and values of a planned step into one layer's pool.
+
+    k, v [T, KVH, D] f32 or the pool's dtype, any strides with a contiguous last axis. ValueError or
+    TypeError names the argument that does not fit, before anything is written.
+    """
+    heads, d, s = _checked(k, v, pool)
+    if (len(k), pool.num_units) != (planned.num_tokens, planned.num_units):
+        raise ValueError(
+            f"kv_write: {len(k)} tokens and a pool of {pool.num_units} units, planned "
+            f"{planned.num_tokens} and {planned.num_units}"
+        )
+    if jit.use_reference():
+        _write_rows_ref(k, v, pool, planned.rows)
+        return
+    with jit.threads_for(2 * k.nbytes):
+        _kv_write_kernel(
+            *flat_heads(k),
+            *flat_heads(v),
+            pool.k.reshape(-1),
+            pool.v.reshape(-1),
+            heads,
+            d,
+            pool.v.shape[3],
+            s,
+            len(planned.rows),
+            pool.num_units,
+            planned.rows.reshape(-1),
+        )
+
+
+def _checked(k: Array, v: Array, pool: KVPool) -> tuple[int, int, int]:
+    """(KVH, D, S) of arrays that fit each other."""
+    name = "kv_write"
+    require(name, "pool.k", pool.k, ("KVH", "U", "D / S", UNIT, "S"), STORAGE)
+    heads, in_pool, words, _, s = pool.k.shape
+    if s != _pair(pool.k.dtype):
+        raise ValueError(f"{name}: pool.k has shape {pool.k.shape}, expected a last axis of S")
+    d = words * s
+    require(name, "pool.v", pool.v, (heads, in_pool, UNIT // s, _padded(d), s), (pool.k.dtype,))
+    writable(name, "pool.k", pool.k)
+    writable(name, "pool.v", pool.v)
+    given = (np.float32,) if pool.k.dtype == np.float32 else STORAGE
+    require(name, "k", k, ("T", heads, d), given)
+    require(name, "v", v, k.shape, given)
+    return heads, d, s
 
 
 def kv_write(
@@ -260,29 +321,7 @@ def kv_write(
     cu_seqlens_q: Array,
     context_lens: Array,
 ) -> None:
-    """Write the keys and values of one step into the pool.
-
-    k, v [T, KVH, D] f32 or the pool's dtype, any strides with a contiguous last axis; block_table
-    int64 [B, X]; units_per_block >= 1; cu_seqlens_q [B + 1] and context_lens [B] int32 or int64;
-    context_lens counts the rows written here. ValueError or TypeError names the argument that does
-    not fit, before anything is written; only the blocks that are written to are looked at.
-    """
-    rows = _checked(k, v, pool, block_table, units_per_block, cu_seqlens_q, context_lens)
-    if jit.use_reference():
-        kv_write_ref(k, v, pool, block_table, units_per_block, cu_seqlens_q, context_lens)
-        return
-    heads, in_pool, words, _, s = pool.k.shape
-    with jit.threads_for(2 * k.nbytes):
-        _kv_write_kernel(
-            *flat_heads(k),
-            *flat_heads(v),
-            pool.k.reshape(-1),
-            pool.v.reshape(-1),
-            heads,
-            words * s,
-            pool.v.shape[3],
-            s,
-            len(rows),
-            in_pool,
-            rows.reshape(-1),
-        )
+    """`plan` and `write` in one: the keys and values of one step into one pool."""
+    _checked(k, v, pool)
+    planned = plan(pool.num_units, len(k), block_table, units_per_block, cu_seqlens_q, context_lens)
+    write(k, v, pool, planned)

@@ -5,63 +5,121 @@ many. Does not know projections, masks' arithmetic (`kernels/attention_*.py`) or
 from: a model file projects q, k and v, hands them over here, and projects the result.
 
 A step calls each kernel at most once per layer, over the flat arrays and with the indices of the
-sequences it serves, so nothing is gathered or padded. Decode and prefill kernels give the same bits
+sequences it serves, so nothing is gathered or padded. What all layers share is checked and cut into
+tasks once (`Step`). Decode and prefill kernels give the same bits
 for the same row: the choice changes speed only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pace_nb.batch import Batch
-from pace_nb.kernels import attention_decode, attention_prefill, bf16, kv_write, rope
+from pace_nb.kernels import (
+    attention_decode,
+    attention_plan,
+    attention_prefill,
+    bf16,
+    kv_write,
+    rope,
+)
+from pace_nb.kernels.kv_write import KVPool
 from pace_nb.kv_cache.base import BatchKV
 from pace_nb.layers.rope import Rotation
 from pace_nb.layers.weights import Float32Array
 
 Int32Array = NDArray[np.int32]
-Kernel = Callable[..., NDArray[Any]]
 
 # Up to here a sequence's query rows are bound by reading its keys and values, as one row is; above,
 # the prefill kernel's tiles pay. Ledger: attention_decode.
 DECODE_QUERY_LEN = 16
 
 
+Kernel = Literal["attention_decode", "attention_prefill"]
+
+
 def choose_kernel(query_len: int) -> Kernel:
     """The attention kernel for a sequence with this many query tokens in the step."""
-    if query_len <= DECODE_QUERY_LEN:
-        return attention_decode.attention_decode
-    return attention_prefill.attention_prefill
+    return "attention_decode" if query_len <= DECODE_QUERY_LEN else "attention_prefill"
 
 
-class Step(NamedTuple):
+class Calls(NamedTuple):
+    """A step's attention, planned for layers of one window and chunk; None: no such sequence."""
+
+    decode: attention_plan.Plan | None
+    prefill: attention_plan.Plan | None
+
+
+class Step:
     """What every layer of one forward pass shares."""
 
-    batch: Batch
-    kv: BatchKV
-    calls: tuple[tuple[Kernel, Int32Array | None], ...]  # kernel, its sequences (None = all)
-    sequence_lens: Int32Array  # [T]: tokens known of each one's sequence, not only its keys
+    def __init__(self, batch: Batch, kv: BatchKV) -> None:
+        self.batch = batch
+        self.kv = kv
+        query_lens = np.diff(batch.cu_seqlens_q)
+        self.sequence_lens: Int32Array = np.repeat(batch.seq_lens, query_lens)  # [T]
+        chosen = [choose_kernel(n) for n in query_lens.tolist()]
+        self._sequences: dict[Kernel, NDArray[np.int64]] = {
+            kernel: np.array([i for i, name in enumerate(chosen) if name == kernel], np.int64)
+            for kernel in get_args(Kernel)
+        }
+        self._writes: kv_write.WritePlan | None = None
+        self._calls: dict[tuple[int, ...], Calls] = {}
 
     @classmethod
     def of(cls, batch: Batch, kv: BatchKV) -> Step:
-        """Plan a step; done once per forward pass."""
-        query_lens = np.diff(batch.cu_seqlens_q)
-        sequence_lens = np.repeat(batch.seq_lens, query_lens)
-        return cls(batch, kv, _calls(query_lens), sequence_lens)
+        """A step over the batch."""
+        return cls(batch, kv)
 
+    def writes(self, pool: KVPool) -> kv_write.WritePlan:
+        """Where the step's keys and values go, in every layer."""
+        if self._writes is None:
+            batch = self.batch
+            self._writes = kv_write.plan(
+                pool.num_units,
+                len(batch.token_ids),
+                *self.kv.view,
+                batch.cu_seqlens_q,
+                batch.context_lens,
+            )
+        return self._writes
 
-def _calls(query_lens: Int32Array) -> tuple[tuple[Kernel, Int32Array | None], ...]:
-    """One call per kernel that `choose_kernel` names, with the indices of its sequences."""
-    served: dict[Kernel, list[int]] = {}
-    for sequence, query_len in enumerate(query_lens):
-        served.setdefault(choose_kernel(int(query_len)), []).append(sequence)
-    if len(served) == 1:
-        return tuple((kernel, None) for kernel in served)
-    return tuple((kernel, np.array(which, np.int32)) for kernel, which in served.items())
+    def calls(self, q_shape: tuple[int, ...], pool: KVPool, window: int, chunk: int) -> Calls:
+        """The attention of layers with this window and chunk; planned when the first one asks."""
+        key = (*q_shape, window, chunk)
+        if key not in self._calls:
+            self._calls[key] = Calls(
+                self._plan("attention_decode", q_shape, pool, window, chunk),
+                self._plan("attention_prefill", q_shape, pool, window, chunk),
+            )
+        return self._calls[key]
+
+    def _plan(
+        self,
+        kernel: Kernel,
+        q_shape: tuple[int, ...],
+        pool: KVPool,
+        window: int,
+        chunk: int,
+    ) -> attention_plan.Plan | None:
+        mine, batch = self._sequences[kernel], self.batch
+        if not len(mine):
+            return None
+        return attention_plan.plan(
+            kernel,
+            q_shape,
+            pool,
+            *self.kv.view,
+            batch.cu_seqlens_q,
+            batch.context_lens,
+            window,
+            chunk,
+            mine,
+            split_keys=kernel == "attention_decode",
+        )
 
 
 class Attention:
@@ -93,25 +151,16 @@ class Attention:
         rotation None: positions enter elsewhere (OPT) or nowhere (Llama 4's NoPE layers). sinks
         f32[H]: one extra logit per head, in the softmax's denominator only.
         """
-        view, pool = step.kv.view, step.kv.layer(self._layer_index)
+        pool = step.kv.layer(self._layer_index)
         storage = pool.k.dtype
         queries, keys = rotated(q, rotation, storage), rotated(k, rotation, storage)
-        kv_write.kv_write(keys, v, pool, *view, step.batch.cu_seqlens_q, step.batch.context_lens)
+        kv_write.write(keys, v, pool, step.writes(pool))
+        decode, prefill = step.calls(q.shape, pool, self._window, self._chunk)
         out = np.empty(q.shape, storage)
-        for kernel, sequences in step.calls:
-            kernel(
-                queries,
-                pool,
-                *view,
-                step.batch.cu_seqlens_q,
-                step.batch.context_lens,
-                self._scale,
-                window=self._window,
-                sinks=sinks,
-                out=out,
-                sequences=sequences,
-                chunk=self._chunk,
-            )
+        if decode is not None:
+            attention_decode.attend(decode, queries, pool, self._scale, sinks, out)
+        if prefill is not None:
+            attention_prefill.attend(prefill, queries, pool, self._scale, sinks, out)
         return out.reshape(len(out), -1)
 
 

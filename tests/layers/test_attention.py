@@ -9,9 +9,8 @@ import pytest
 
 from pace_nb.batch import Batch
 from pace_nb.config import CacheConfig
-from pace_nb.kernels.attention_decode import attention_decode
-from pace_nb.kernels.attention_prefill import attention_prefill
-from pace_nb.kv_cache.base import BatchKV, KVCacheConfig
+from pace_nb.kernels.kv_write import new_pool
+from pace_nb.kv_cache.base import BatchKV, KVCacheConfig, KVView
 from pace_nb.kv_cache.contiguous import ContiguousCache
 from pace_nb.layers.attention import DECODE_QUERY_LEN, Attention, Step, choose_kernel
 from pace_nb.layers.rope import RopeParameters, RotaryEmbedding
@@ -151,9 +150,9 @@ def test_the_cache_keeps_layers_apart(rng):
 
 
 def test_the_kernel_is_chosen_by_query_length():
-    assert choose_kernel(1) is attention_decode
-    assert choose_kernel(DECODE_QUERY_LEN) is attention_decode
-    assert choose_kernel(DECODE_QUERY_LEN + 1) is attention_prefill
+    assert choose_kernel(1) == "attention_decode"
+    assert choose_kernel(DECODE_QUERY_LEN) == "attention_decode"
+    assert choose_kernel(DECODE_QUERY_LEN + 1) == "attention_prefill"
 
 
 def test_tokens_know_the_length_of_their_whole_sequence():
@@ -166,12 +165,19 @@ def test_each_kernel_is_called_once_with_its_sequences():
     long = DECODE_QUERY_LEN + 5
     spans = [("a", 9, 1), ("b", 0, 2), ("c", 4, long), ("d", 0, long), ("e", 30, 1)]
 
+    pool = new_pool(8, 1, 32, np.float32)
+
     def calls(chosen):
         batch = Batch.from_spans([(name, start, [0] * n, 0) for name, start, n in chosen])
-        step = Step.of(batch, None)
+        view = KVView(np.zeros((len(chosen), 1), np.int64), 8)
+        step = Step.of(batch, BatchKV(view, None))
         assert step.sequence_lens.tolist() == [s + n for _, s, n in chosen for _ in range(n)]
-        return [(kernel, None if of is None else of.tolist()) for kernel, of in step.calls]
+        shape = (len(batch.token_ids), 2, 32)
+        planned = step.calls(shape, pool, 0, 0)
+        assert planned is step.calls(shape, pool, 0, 0), "planned again for the next layer"
+        assert planned is not step.calls(shape, pool, 5, 0)
+        return [None if plan is None else plan.sequences.tolist() for plan in planned]
 
-    assert calls(spans) == [(attention_decode, [0, 1, 4]), (attention_prefill, [2, 3])]
-    assert calls(spans[:2]) == [(attention_decode, None)]
-    assert calls(spans[2:4]) == [(attention_prefill, None)]
+    assert calls(spans) == [[0, 1, 4], [2, 3]]
+    assert calls(spans[:2]) == [[0, 1], None]
+    assert calls(spans[2:4]) == [None, [0, 1]]
