@@ -46,6 +46,7 @@ from pace_nb.kernels.bf16 import narrow, widen
 from pace_nb.kernels.lanes import (
     per_word,
     prefetch,
+    prefetch_once,
     tile_dot,
     tile_load,
     tile_load_tail,
@@ -129,7 +130,7 @@ def _row_tile(mr):
     """The device function for `mr` rows; every size is its own type of tile, held in registers."""
 
     @jit.device_fn
-    def rows(a, a0, lda, b, b0, steps, first, bias, column, c, c0, ldc, columns):
+    def rows(a, a0, lda, b, b0, steps, once, first, bias, column, c, c0, ldc, columns):
         # a [mr, steps * S] at a0; b [steps, 64, S] at b0; c [mr, columns] at c0
         s = per_word(a)
         if not first and columns == NR:
@@ -143,7 +144,10 @@ def _row_tile(mr):
         for p in range(steps):
             at = b0 + p * NR * s
             for v in range(NV):
-                prefetch(b, at + (AHEAD * NR + v * 16) * s)
+                if once:
+                    prefetch_once(b, at + (AHEAD * NR + v * 16) * s)
+                else:
+                    prefetch(b, at + (AHEAD * NR + v * 16) * s)
             acc = tile_dot(acc, a, a0 + p * s, lda, b, at, 16 * s)
         if columns == NR:
             tile_store(acc, c, c0, ldc)
@@ -164,20 +168,29 @@ def panel(a, a0, b, j, bias, column, c, c0, ldc, m, k, columns):
     """
     s = per_word(a)
     steps = (k + s - 1) // s
+    once = m <= MR  # no tile after the first will read the panel again
     for p in range(0, steps, KC // s):
         n, first = min(KC // s, steps - p), p == 0
         at, bt, i = a0 + p * s, (j * steps + p) * NR * s, 0
         while m - i >= MR:
-            _rows_6(a, at + i * k, k, b, bt, n, first, bias, column, c, c0 + i * ldc, ldc, columns)
+            _rows_6(
+                a, at + i * k, k, b, bt, n, once, first, bias, column, c, c0 + i * ldc, ldc, columns
+            )
             i += MR
         if m - i >= 4:
-            _rows_4(a, at + i * k, k, b, bt, n, first, bias, column, c, c0 + i * ldc, ldc, columns)
+            _rows_4(
+                a, at + i * k, k, b, bt, n, once, first, bias, column, c, c0 + i * ldc, ldc, columns
+            )
             i += 4
         if m - i >= 2:
-            _rows_2(a, at + i * k, k, b, bt, n, first, bias, column, c, c0 + i * ldc, ldc, columns)
+            _rows_2(
+                a, at + i * k, k, b, bt, n, once, first, bias, column, c, c0 + i * ldc, ldc, columns
+            )
             i += 2
         if m - i >= 1:
-            _rows_1(a, at + i * k, k, b, bt, n, first, bias, column, c, c0 + i * ldc, ldc, columns)
+            _rows_1(
+                a, at + i * k, k, b, bt, n, once, first, bias, column, c, c0 + i * ldc, ldc, columns
+            )
 
 
 # ---- kernels -------------------------------------------------------------------------------------

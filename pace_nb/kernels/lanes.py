@@ -573,15 +573,25 @@ def prefetch(x: np.ndarray, i: int) -> None:
     """Ask for the cache line of x[i]; any i, also outside the array. Nothing when interpreted."""
 
 
-@llvm_body(prefetch, lambda x, i: types.void if _is_memory(x) else None)
-def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
-    index = ctx.cast(bld, args[1], sig.args[1], types.intp)
-    pointer = bld.bitcast(
-        _pointer(ctx, bld, sig.args[0], args[0], index), ir.IntType(8).as_pointer()
-    )
-    read, keep, data = (ir.Constant(_I32, x) for x in (0, 3, 1))
-    _call(bld, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
-    return ctx.get_dummy_value()
+def prefetch_once(x: np.ndarray, i: int) -> None:
+    """The same for a line that is read once: it should not displace what the caches hold."""
+
+
+def _prefetch(keep: int) -> Emit:
+    """LLVM's prefetch for reading data; `keep` from 0 (used once) to 3 (keep in all caches)."""
+
+    def emit(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        index = ctx.cast(bld, args[1], sig.args[1], types.intp)
+        pointer = _vector_pointer(ctx, bld, sig.args[0], args[0], index, ir.IntType(8))
+        read, locality, data = (ir.Constant(_I32, x) for x in (0, keep, 1))
+        _call(bld, "llvm.prefetch.p0", ir.VoidType(), pointer, read, locality, data)
+        return ctx.get_dummy_value()
+
+    return emit
+
+
+llvm_body(prefetch, lambda x, i: types.void if _is_memory(x) else None)(_prefetch(3))
+llvm_body(prefetch_once, lambda x, i: types.void if _is_memory(x) else None)(_prefetch(0))
 
 
 # ---- bits ----------------------------------------------------------------------------------------
