@@ -42,6 +42,7 @@ from pace_nb.kernels.lanes import (
     mxfp4_pairs,
     per_word,
     prefetch,
+    prefetch_once,
     reduce_add,
     reduce_max,
     round_half_even,
@@ -52,6 +53,7 @@ from pace_nb.kernels.lanes import (
     splat_pair,
     sqrt,
     store,
+    store_operand,
     store_tail,
     store_words,
     swap_pairs,
@@ -271,6 +273,7 @@ def _copy_kernel(y, x, count, step):
     for i in prange(count + 17):
         if i < count:
             prefetch(x, 16 * i + 512)
+            prefetch_once(x, 16 * i - 512)
             store(y, 16 * i, load(x, 16 * i))
         else:
             n = i - count
@@ -304,6 +307,27 @@ def test_memory_is_converted_and_tails_move_n_lanes(from_type: Any, to_type: Any
         as_f32 = (y.astype(np.uint32) << 16).view(F32)
         np.testing.assert_array_equal(np.isnan(as_f32), nan)
         np.testing.assert_array_equal(np.signbit(as_f32), np.signbit(x))
+
+
+@jit.kernel
+def _operands_of_dots_kernel(y, x, n):
+    for i in prange(n):
+        store_operand(y, 16 * i, load(x, 16 * i))
+
+
+@pytest.mark.parametrize("to_type", [F32, BF16])
+def test_operands_are_stored_as_all_is_but_for_denormals(to_type: Any) -> None:
+    x = stored(16 * 64, F32)
+    y, expected = both(_operands_of_dots_kernel, np.zeros(len(x), to_type), x, 64)
+    if to_type == F32:
+        assert_bits(y, expected)
+        return
+    as_f32, wanted = ((b.astype(np.uint32) << 16).view(F32) for b in (y, expected))
+    denormal = (np.abs(x) > 0) & (np.abs(x) < np.finfo(F32).tiny)
+    assert denormal.any() and (~denormal).any()
+    assert_values(as_f32[~denormal], wanted[~denormal])
+    flushed = np.where(as_f32[denormal] == 0, 0, wanted[denormal])
+    np.testing.assert_array_equal(as_f32[denormal], flushed)
 
 
 def guarded(elements: int, dtype: Any) -> tuple[mmap.mmap, Array]:
