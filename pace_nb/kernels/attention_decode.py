@@ -51,7 +51,7 @@ from pace_nb.kernels.attention_plan import (
     Plan,
     operands,
     plan,
-    reference,
+    planned_ref,
 )
 from pace_nb.kernels.attention_rows import (
     KEY_BLOCK,
@@ -96,6 +96,13 @@ def attention_decode_ref(
         chosen,
         chunk,
     )
+
+
+def attend_ref(
+    planned: Plan, q: Array, pool: KVPool, scale: float, sinks: Array | None = None
+) -> Array:
+    """`attention_decode_ref` of a planned step; the rows of other sequences are 0."""
+    return planned_ref(planned, q, pool, scale, sinks)
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -228,7 +235,7 @@ def attend(
     if not len(planned.sequences):
         return given.out
     if jit.use_reference():
-        exact = reference(planned, q, pool, scale, sinks)
+        exact = attend_ref(planned, q, pool, scale, sinks)
         for b in planned.sequences:
             mine = slice(planned.cu_seqlens_q[b], planned.cu_seqlens_q[b + 1])
             given.out[mine] = bf16.narrow(exact[mine], given.out.dtype)

@@ -186,7 +186,7 @@ def operands(
     return Operands(q, pool.k.reshape(-1), pool.v.reshape(-1), float(scale), sinks, out)
 
 
-def reference(given: Plan, q: Array, pool: KVPool, scale: float, sinks: Array | None) -> Array:
+def planned_ref(given: Plan, q: Array, pool: KVPool, scale: float, sinks: Array | None) -> Array:
     """attention_rows.attention_ref of each planned sequence over its gathered keys, float64
     [T, H, D]."""
     return batch_attention_ref(

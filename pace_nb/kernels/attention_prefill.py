@@ -52,7 +52,7 @@ from pace_nb.kernels.attention_plan import (
     Plan,
     operands,
     plan,
-    reference,
+    planned_ref,
 )
 from pace_nb.kernels.attention_rows import (
     KEY_BLOCK,
@@ -99,6 +99,13 @@ def attention_prefill_ref(
         chosen,
         chunk,
     )
+
+
+def attend_ref(
+    planned: Plan, q: Array, pool: KVPool, scale: float, sinks: Array | None = None
+) -> Array:
+    """`attention_prefill_ref` of a planned step; the rows of other sequences are 0."""
+    return planned_ref(planned, q, pool, scale, sinks)
 
 
 # ---- kernel --------------------------------------------------------------------------------------
@@ -210,7 +217,7 @@ def attend(
     if not len(planned.sequences):
         return given.out
     if jit.use_reference():
-        exact = reference(planned, q, pool, scale, sinks)
+        exact = attend_ref(planned, q, pool, scale, sinks)
         for b in planned.sequences:
             mine = slice(planned.cu_seqlens_q[b], planned.cu_seqlens_q[b + 1])
             given.out[mine] = bf16.narrow(exact[mine], given.out.dtype)

@@ -135,13 +135,12 @@ def kv_write_ref(
             pool.v[:, unit, slot // s, :d, slot % s] = narrow(widen(v[t]), dtype)
 
 
-def _write_rows_ref(k: Array, v: Array, pool: KVPool, rows: Array) -> None:
-    """`kv_write_ref` of planned rows."""
-    for unit, slot, end, first in rows:
-        # A sequence of its own that begins at the unit's first slot and holds these tokens last.
-        tokens = slice(int(first), int(first + end - slot))
-        table, lens = np.array([[unit]]), np.array([0, end - slot])
-        kv_write_ref(k[tokens], v[tokens], pool, table, 1, lens, np.array([end]))
+def write_ref(k: Array, v: Array, pool: KVPool, planned: WritePlan) -> None:
+    """`kv_write_ref` of the rows of a plan."""
+    for unit, slot, end, first in planned.rows:
+        # A sequence of its own that lies in this unit alone and whose last tokens these are.
+        tokens, lens = slice(int(first), int(first + end - slot)), np.array([0, end - slot])
+        kv_write_ref(k[tokens], v[tokens], pool, np.array([[unit]]), 1, lens, np.array([end]))
 
 
 def kv_gather_ref(
@@ -277,7 +276,7 @@ def write(k: Array, v: Array, pool: KVPool, planned: WritePlan) -> None:
             f"{planned.num_tokens} and {planned.num_units}"
         )
     if jit.use_reference():
-        _write_rows_ref(k, v, pool, planned.rows)
+        write_ref(k, v, pool, planned)
         return
     with jit.threads_for(2 * k.nbytes):
         _kv_write_kernel(
