@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -87,6 +88,39 @@ def test_decisions_that_the_code_cites_exist(repository):
     cited = {n for path in sources for n in re.findall(r"docs/adr/(\d{4})", path.read_text())}
     assert cited
     assert cited <= records
+
+
+def names_in(path):
+    """What a module defines: classes, functions, methods as Class.method, constants."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                yield ast.unparse(target)
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+            for inner in getattr(node, "body", []):
+                if isinstance(inner, ast.FunctionDef):
+                    yield f"{node.name}.{inner.name}"
+
+
+def test_the_walk_of_a_request_uses_the_real_names(repository):
+    """Each name in backticks is in the file that was linked last before it."""
+    page = (repository / "docs" / "architecture.md").read_text()
+    walk = page.partition("## One request")[2].partition("\n## ")[0]
+    steps = re.findall(r"^\d+\. .*$|^Other doors .*$", walk, re.MULTILINE)
+    assert len(steps) == 15
+    missing, found = [], 0
+    for step in steps:
+        names: set[str] = set()
+        for target, name in re.findall(r"\]\(([^)]+\.py)\)|`([^`]+)`", step):
+            if target:
+                names = set(names_in(repository / "docs" / target))
+            elif name not in names:
+                missing.append(f"{step[:20]}: {name}")
+            else:
+                found += 1
+    assert not missing, "\n".join(missing)
+    assert found > 50
 
 
 def test_architecture_page_names_every_rule_file(repository):
