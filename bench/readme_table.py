@@ -10,7 +10,8 @@ took a CPU away meanwhile, "rows": [{"case", "value", "unit", "limit", "limit_un
 `limit` was measured in the same process, `share` is how much of it was reached (1.0 is all). A
 table is never typed by hand, so it cannot drift from the files. `peers.json` has another form and a
 table of its own: {"engines": {name: facts}, "cases": [{"case", "unit", "median": {engine: value},
-"ratio": {peer: median over rounds of pace_nb against it}}]} (bench/peers/compare.py).
+"ratio": {peer: median over rounds of pace_nb against it}, "disturbed": [CPUs that others used]}]}
+(bench/peers/compare.py).
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def peers_table(record: dict[str, Any]) -> str:
         found = row.get("ratio", {})
         shares = [f"{found[n]:.2f}" if n in found else "" for n in ratios]
         lines.append(f"| {row['case']}, {row['unit']} | {' | '.join(medians + shares)} |")
-    disturbed = max(row.get("disturbed", 0.0) for row in record["cases"])
+    disturbed = max(max(row.get("disturbed", [0.0])) for row in record["cases"])
     versions = [f"{name} is {facts['version']}" for name, facts in engines.items()]
     note = f"others used at most {disturbed:.2f} CPUs during a measurement"
     return "\n".join([*lines, "", f"- {circumstances(record)}; {note}; {'; '.join(versions)}", ""])

@@ -41,9 +41,7 @@ from bench.peers.protocol import Case
 
 SHORT, DECODED = 16, 24  # tokens of a prompt before decoding is timed; tokens that are timed
 QUIET = 0.1  # CPUs that others may use during a measurement, on average
-PATIENCE = 4  # measurements until the least disturbed one counts ...
-PATIENT = 30.0  # ... or seconds
-WAIT = 3.0  # seconds until the next, for whoever disturbed
+PATIENCE = 3  # times as many rounds, until the least disturbed ones count
 ATTEMPTS = 3  # at a measurement that a neighbour made senseless
 GB = 1e9
 
@@ -107,32 +105,25 @@ class Turn(NamedTuple):
     disturbed: float
 
 
-def undisturbed(
-    engine: Engine, measurement: Measurement, seeds: itertools.count[int], wait: float = WAIT
-) -> Turn:
-    """The measurement, done again while others use the machine; after PATIENCE times the best.
+Round = dict[str, Turn]
 
-    A stray process on one of two cores halves every engine's rate, and some more than others.
-    """
-    turns: list[Turn] = []
-    begin = time.perf_counter()
-    while not turns or (
-        turns[-1].disturbed >= QUIET
-        and len(turns) < PATIENCE
-        and time.perf_counter() - begin < PATIENT
-    ):
-        if turns:
-            time.sleep(wait)
-        engine.resume()
-        engine.ask(Case(1, SHORT, 2, next(seeds)))  # wakes its threads
-        start, own = time.perf_counter(), engine.cpu_seconds()
-        everybody = engines.machine_cpu_seconds()
-        value = measurement.measure(engine, next(seeds) * 2)
-        others = engines.machine_cpu_seconds() - everybody - (engine.cpu_seconds() - own)
-        disturbed = max(others, 0.0) / (time.perf_counter() - start)
-        engine.pause()
-        turns.append(Turn(value, disturbed))
-    return min(turns, key=lambda turn: turn.disturbed)
+
+def measured(engine: Engine, measurement: Measurement, seeds: itertools.count[int]) -> Turn:
+    """One turn: the engine goes on, is woken, measured and stopped again."""
+    engine.resume()
+    engine.ask(Case(1, SHORT, 2, next(seeds)))  # wakes its threads
+    start, own = time.perf_counter(), engine.cpu_seconds()
+    everybody = engines.machine_cpu_seconds()
+    value = measurement.measure(engine, next(seeds) * 2)
+    others = engines.machine_cpu_seconds() - everybody - (engine.cpu_seconds() - own)
+    seconds = time.perf_counter() - start
+    engine.pause()
+    return Turn(value, max(others, 0.0) / seconds)
+
+
+def worst(turns: Round) -> float:
+    """The largest disturbance of a round."""
+    return max(turn.disturbed for turn in turns.values())
 
 
 def interleave(
@@ -141,18 +132,22 @@ def interleave(
     rounds: int,
     seeds: itertools.count[int],
     around: Callable[[], AbstractContextManager[object]] = nullcontext,
-) -> dict[str, list[Turn]]:
-    """The measurement of each engine in each round, in turn, after one unmeasured round.
+) -> list[Round]:
+    """So many rounds, in each of which every engine has its turn, after one unmeasured round.
 
-    `around()` is entered for each round: on a machine that others use, something that keeps them
-    quiet meanwhile.
+    A round in which others used the machine is done again, up to PATIENCE times as many in all;
+    then the least disturbed ones count. A stray process on one of two cores halves every engine's
+    rate, and some more than others. `around()` is entered for each round: on a machine that others
+    use, something that keeps them quiet meanwhile.
     """
-    turns: dict[str, list[Turn]] = {name: [] for name in running}
-    for _ in range(rounds + 1):
+    done: list[Round] = []
+    while len(done) <= PATIENCE * rounds:
         with around():
-            for name, engine in running.items():
-                turns[name].append(undisturbed(engine, measurement, seeds))
-    return {name: found[1:] for name, found in turns.items()}
+            done.append({n: measured(e, measurement, seeds) for n, e in running.items()})
+        if sum(worst(turns) < QUIET for turns in done[1:]) == rounds:
+            break
+    kept = sorted(range(1, len(done)), key=lambda index: worst(done[index]))[:rounds]
+    return [done[index] for index in sorted(kept)]
 
 
 def compared(case: str, unit: str, rounds: Rounds) -> dict[str, Any]:
@@ -214,8 +209,8 @@ def record(path: Path, checkpoint: str, result: Mapping[str, Any], cpus: Sequenc
         values = "  ".join(f"{name} {value:.4g}" for name, value in row["median"].items())
         ratios = "  ".join(f"{name} {value:.2f}" for name, value in row.get("ratio", {}).items())
         print(f"{row['case']:<24} {row['unit']:<5}  {values}  |  ratio to  {ratios}")
-        if row.get("disturbed", 0.0) >= QUIET:
-            print(f"  others used up to {row['disturbed']:.2f} CPUs meanwhile")
+        if max(row.get("disturbed", [0.0])) >= QUIET:
+            print(f"  others used up to {max(row['disturbed']):.2f} CPUs meanwhile")
 
 
 class Comparison:
@@ -250,19 +245,21 @@ class Comparison:
         """Engines and cases of a result. around: as for `interleave`."""
         rows = []
         for m in measurements:
-            turns = interleave(self.running, m, rounds, self._seeds, around)
-            values = {name: [turn.value for turn in found] for name, found in turns.items()}
-            disturbed = [turn.disturbed for found in turns.values() for turn in found]
-            rows.append(compared(m.case, m.unit, values) | {"disturbed": max(disturbed)})
+            done = interleave(self.running, m, rounds, self._seeds, around)
+            values = {name: [turns[name].value for turns in done] for name in self.running}
+            disturbed = [worst(turns) for turns in done]
+            rows.append(compared(m.case, m.unit, values) | {"disturbed": disturbed})
         return {
             "engines": {name: engine.facts for name, engine in self.running.items()},
             "cases": rows,
         }
 
-    def startup(self, rounds: int) -> dict[str, Any]:
+    def startup(
+        self, rounds: int, around: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> dict[str, Any]:
         """The same for processes that are started for it, one at a time, after a start unmeasured.
 
-        Nothing else may run: `close` comes before.
+        Nothing else may run: `close` comes before. `around()` is entered for each start.
         """
         values: dict[str, Rounds] = {
             case: {name: [] for name in self._launches} for case, _ in STARTUP
@@ -270,7 +267,8 @@ class Comparison:
         facts = {}
         for turn in range(rounds + 1):
             for name, launch in self._launches.items():
-                with Engine(name, launch, self._logs / f"{name}.log") as engine:
+                log = self._logs / f"{name}.log"
+                with around(), Engine(name, launch, log) as engine:
                     engine.ask(Case(1, 128, 1, next(self._seeds)))
                     first = time.perf_counter() - engine.started
                     facts[name] = engine.facts

@@ -68,32 +68,19 @@ def test_throughput_counts_prompt_and_output():
 
 @pytest.fixture
 def others(monkeypatch):
-    """CPU seconds that everybody has used, read twice per measurement, and a clock of 1 s each."""
-    used, now = [], itertools.count()
+    """What others use in each turn, in CPUs; a turn takes one second."""
+    shares, state = [], {"used": 0.0, "reads": 0}
+    now = itertools.count()
 
     def machine():
-        return used.pop(0) if used else 0.0
+        state["reads"] += 1
+        if state["reads"] % 2 == 0 and shares:
+            state["used"] += shares.pop(0)
+        return state["used"]
 
     monkeypatch.setattr(compare.engines, "machine_cpu_seconds", machine)
     monkeypatch.setattr(compare.time, "perf_counter", lambda: next(now))
-    monkeypatch.setattr(compare.time, "sleep", lambda seconds: None)
-    return used
-
-
-def test_a_disturbed_measurement_is_done_again(others):
-    others += [0.0, 1.0, 1.0, 1.0]  # during the first, others took a CPU for the whole second
-    engine = Scripted()
-    turn = compare.undisturbed(engine, prefill(10), itertools.count())
-    assert turn.disturbed == 0
-    assert sum(case.input_len == 10 for case in engine.cases) == 2
-
-
-def test_the_least_disturbed_counts_after_a_while(others):
-    others += [0.0, 0.9, 0.0, 0.5, 0.0, 0.7, 0.0, 0.8]
-    engine = Scripted()
-    turn = compare.undisturbed(engine, prefill(10), itertools.count())
-    assert turn.disturbed == 0.5
-    assert sum(case.input_len == 10 for case in engine.cases) == compare.PATIENCE
+    return shares
 
 
 def test_engines_take_turns_and_only_one_runs(others):
@@ -106,12 +93,31 @@ def test_engines_take_turns_and_only_one_runs(others):
         yield
         log.append("busy")
 
-    values = interleave(running, prefill(10), 2, itertools.count(), round_of)
+    done = interleave(running, prefill(10), 2, itertools.count(), round_of)
     turn = [f"{n} goes on|{n}|{n}|{n} stops".split("|") for n in "ab"]
     assert log == ["quiet", *turn[0], *turn[1], "busy"] * 3, "one unmeasured round and two"
-    assert [len(v) for v in values.values()] == [2, 2]
+    assert [list(turns) for turns in done] == [["a", "b"]] * 2
     seeds = [case.seed for engine in running.values() for case in engine.cases]
     assert len(set(seeds)) > len(seeds) // 2, "prompts are new in every turn"
+
+
+def rounds_of(disturbed, rounds, others):
+    """The disturbances of the rounds that count, and how many were done."""
+    others += disturbed
+    engine = Scripted()
+    done = interleave({"a": engine}, prefill(10), rounds, itertools.count())
+    asked = sum(case.input_len == 10 for case in engine.cases)
+    return [round(turns["a"].disturbed, 3) for turns in done], asked
+
+
+def test_a_disturbed_round_is_done_again(others):
+    found = rounds_of([0.9, 0.01, 0.5, 0.02], 2, others)
+    assert found == ([0.01, 0.02], 4), "the first is unmeasured, the third does not count"
+
+
+def test_after_a_while_the_least_disturbed_rounds_count(others):
+    disturbed = [0.0, 0.9, 0.3, 0.8, 0.2, 0.7, 0.6]
+    assert rounds_of(disturbed, 2, others) == ([0.3, 0.2], 7)
 
 
 def test_ratios_are_taken_within_a_round():
