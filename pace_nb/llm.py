@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from pace_nb.compile_ahead import CompileAhead
 from pace_nb.engine.completion import Submission
 from pace_nb.engine.engine import Engine, EngineLoad
 from pace_nb.engine.submissions import Submissions
@@ -178,7 +180,12 @@ class LLM:
         longest = self.max_model_len - 2
         prompts = [[0] * max(1, min(length, longest)) for length in WARM_UP_LENGTHS]
         params = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False, seed=0)
-        self.generate(prompts, params, use_tqdm=False)
+        wanted = self.config.kernels == "numba"
+        with CompileAhead(self.config.storage_dtype) if wanted else nullcontext() as ahead:
+            self.generate([[0]], replace(params, temperature=0.0), use_tqdm=False)
+            if ahead is not None:
+                ahead.wait()
+            self.generate(prompts, params, use_tqdm=False)
 
     def get_load(self) -> EngineLoad:
         """How busy the engine is."""

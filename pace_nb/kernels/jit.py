@@ -261,6 +261,11 @@ def cache_dir() -> Path | None:
     return _cache_dir
 
 
+def is_cached(kernel: str) -> bool:
+    """Is machine code of `kernel` ("module._name") kept on disk, or not kept on disk at all?"""
+    return _cache_dir is None or any(_cache_dir.glob(f"*/{kernel}-*.nbc"))
+
+
 def cache_state() -> str:
     """One line for `pace-nb doctor`: where compiled kernels are kept, and how many."""
     files = len(list(_cache_dir.rglob("*.nbc"))) if _cache_dir else 0
