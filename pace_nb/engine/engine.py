@@ -83,7 +83,7 @@ class Engine:
         """Bring requests forward by one step; returns those with new tokens or an end."""
         self._own()
         scheduled = self._scheduler.schedule()
-        self._num_step_tokens = sum(one.num_tokens for one in scheduled)
+        self._num_step_tokens = sum([num_tokens for _, num_tokens in scheduled])
         if not scheduled:
             return self._end_stall()
         try:

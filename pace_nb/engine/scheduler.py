@@ -92,7 +92,10 @@ class Scheduler:
         for request in self.running:
             (prefilling if request.num_behind > 1 else decoding).append(request)
         for request in decoding + prefilling:
-            num_tokens = self._share(request, budget, scheduled)
+            if budget > 0 and request.num_behind == 1:
+                num_tokens = 1
+            else:
+                num_tokens = self._share(request, budget, scheduled)
             # A request that prefills has its room by now. So only the decoding ones may preempt, in
             # the order of the line: their victims are not scheduled yet.
             if num_tokens and self._make_room(request):
