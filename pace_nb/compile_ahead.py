@@ -1,8 +1,8 @@
 """Compile in a second process what the first will need later, while the first compiles the rest.
 
-Knows which two kernels take longest to compile (prefill attention and sampling, about half of the
-whole), and that the cache of machine code is shared between processes. Does not know the model: the
-signatures of these two depend on the dtype alone.
+Knows which kernels a short greedy prompt does without (prefill attention and sampling: half of all
+the compiling), and that the cache of machine code is shared between processes. Does not know the
+model: the signatures of these depend on the dtype alone.
 
 Numba compiles one kernel at a time in a process. Two processes on two cores are done in little more
 than half the time. Nothing depends on the second one: what it has not left in the cache, the first
@@ -19,11 +19,14 @@ from pace_nb.kernels import jit
 from pace_nb.layers.weights import StorageDtype
 
 # Files of the cache: module._kernel-signature.nbc
-AHEAD = ("attention_prefill._attend_kernel", "sampling._sample_kernel")
+AHEAD = (
+    "attention_prefill._attend_kernel",
+    "sampling._sample_kernel",
+)
 
 
 class CompileAhead:
-    """`with CompileAhead(dtype) as ahead:` other kernels, `ahead.wait()`, then these two.
+    """`with CompileAhead(dtype) as ahead:` other kernels, `ahead.wait()`, then these.
 
     Does nothing where they are in the cache, where there is no cache, or on one CPU.
     """
@@ -31,7 +34,7 @@ class CompileAhead:
     def __init__(self, dtype: StorageDtype) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         if sys.executable and jit.allowed_threads() > 1 and not all(map(jit.is_cached, AHEAD)):
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: S603 (this very module)
                 [sys.executable, "-m", "pace_nb.compile_ahead", dtype],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -58,7 +61,7 @@ class CompileAhead:
 
 
 def compile_kernels(dtype: StorageDtype) -> None:
-    """Run both kernels once, on the smallest arrays that they take."""
+    """Run each kernel once, on the smallest arrays that they take."""
     import numpy as np
 
     from pace_nb.kernels.attention_prefill import attention_prefill
@@ -72,7 +75,8 @@ def compile_kernels(dtype: StorageDtype) -> None:
     attention_prefill(q, pool, np.zeros((1, 1), np.int64), UNIT, *lens, 1.0)
     settings = np.array([NEUTRAL])
     zero = np.zeros(1, np.int64)
-    sample(np.zeros((1, 2), np.float32), settings, np.zeros(1, np.uint64), zero, zero)
+    logits = np.zeros((1, 2), np.float32)
+    sample(logits, settings, np.zeros(1, np.uint64), zero, zero)
 
 
 if __name__ == "__main__":

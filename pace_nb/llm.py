@@ -179,7 +179,7 @@ class LLM:
         """Compile or load every kernel of the model: prefill, decode, one sequence and several."""
         longest = self.max_model_len - 2
         prompts = [[0] * max(1, min(length, longest)) for length in WARM_UP_LENGTHS]
-        params = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False, seed=0)
+        params = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False, seed=0, logprobs=1)
         wanted = self.config.kernels == "numba"
         with CompileAhead(self.config.storage_dtype) if wanted else nullcontext() as ahead:
             self.generate([[0]], replace(params, temperature=0.0), use_tqdm=False)

@@ -11,7 +11,7 @@ from pace_nb.kernels import jit
 pytestmark = pytest.mark.skipif(jit.cache_dir() is None, reason="no cache of machine code")
 
 
-def test_both_kernels_are_in_the_cache_afterwards_and_no_process_is_started_for_them():
+def test_the_kernels_are_in_the_cache_afterwards_and_no_process_is_started_for_them():
     compile_kernels("bfloat16")
     assert all(map(jit.is_cached, AHEAD))
     with CompileAhead("bfloat16") as ahead:
@@ -28,7 +28,7 @@ def test_its_signatures_are_those_of_the_engine():
         names = {path.name for kernel in AHEAD for path in jit.cache_dir().glob(f"*/{kernel}-*")}
         llm.warm_up()
         after = {path.name for kernel in AHEAD for path in jit.cache_dir().glob(f"*/{kernel}-*")}
-    assert after == names, "the engine compiled another signature of the two"
+    assert after == names, "the engine compiled another signature"
 
 
 def test_the_second_process_ends_well_or_with_the_block(monkeypatch: pytest.MonkeyPatch):

@@ -15,7 +15,7 @@ LAYERS = [
     {"openai_api"},
     {"llm", "async_llm"},
     {"text_model"},
-    {"prompts"},
+    {"prompts", "compile_ahead"},
     {"engine"},
     {"tokenizer"},
     {"chat_template", "detokenizer", "disguise"},
