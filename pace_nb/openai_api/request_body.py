@@ -43,11 +43,13 @@ _SAMPLING_FIELDS: Final = (
     "prompt_logprobs", "skip_special_tokens", "include_stop_str_in_output", "logit_bias",
     "allowed_token_ids", "bad_words", "truncate_prompt_tokens",
 )  # fmt: skip
+# vLLM's older names for the keys of `structured_outputs`.
+_GUIDED_FIELDS: Final = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
 _COMMON_FIELDS: Final = {
     *_SAMPLING_FIELDS,
     "model", "max_tokens", "logprobs", "echo", "stream", "stream_options", "cache_salt", "priority",
     "request_id", "user", "response_format", "structured_outputs", "return_token_ids",
-    "return_tokens_as_token_ids", "add_special_tokens",
+    "return_tokens_as_token_ids", "add_special_tokens", *_GUIDED_FIELDS,
 }  # fmt: skip
 _COMPLETION_FIELDS: Final = _COMMON_FIELDS | {"prompt", "suffix", "best_of"}
 _CHAT_FIELDS: Final = _COMMON_FIELDS | {
@@ -92,7 +94,8 @@ class RequestBody:
         request_id: The caller's own name for it, or None.
         user: As given; nothing depends on it.
         response_format: {"type": "json_object"} or {"type": "json_schema", ...}; None is text.
-        structured_outputs: vLLM's form of the same, as given.
+        structured_outputs: vLLM's form of the same, as given; `guided_json` and its like are the
+            older names of what is in it.
         return_token_ids: Add token ids to the answer.
         return_tokens_as_token_ids: In logprobs, write tokens as "token_id:123".
         add_special_tokens: Add BOS and its like; None is the default of the kind.
@@ -375,7 +378,7 @@ def _common(
         "request_id": found.text("request_id"),
         "user": found.get("user") if isinstance(found.get("user"), str) else None,
         "response_format": _response_format(found),
-        "structured_outputs": found.mapping("structured_outputs"),
+        "structured_outputs": _structured_outputs(found),
         "return_token_ids": found.boolean("return_token_ids", False),
         "return_tokens_as_token_ids": found.boolean("return_tokens_as_token_ids", False),
         "add_special_tokens": (
@@ -485,6 +488,16 @@ def _response_format(found: _Fields) -> Mapping[str, Any] | None:
             return wanted
         found.refuse("response_format", "a json_schema with a schema")
     found.refuse("response_format", "type 'text', 'json_object' or 'json_schema'")
+
+
+def _structured_outputs(found: _Fields) -> Mapping[str, Any] | None:
+    wanted = found.mapping("structured_outputs")
+    for name, kind in _GUIDED_FIELDS.items():
+        if found.get(name) is not None:
+            if wanted is not None:
+                found.refuse(name, "one kind of structured output at a time")
+            wanted = {kind: found.get(name)}
+    return wanted
 
 
 def _no_constant(name: str) -> NoReturn:

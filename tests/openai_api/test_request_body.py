@@ -143,6 +143,14 @@ def test_text_is_no_response_format():
     assert chat(response_format={"type": "json_object"}).response_format == {"type": "json_object"}
 
 
+def test_the_older_names_of_structured_outputs():
+    assert chat(guided_regex="a+").structured_outputs == {"regex": "a+"}
+    assert completion(guided_choice=["a", "b"]).structured_outputs == {"choice": ["a", "b"]}
+    for other in ({"structured_outputs": {"regex": "b"}}, {"guided_json": {}}):
+        with pytest.raises(ApiError, match="expected one kind of structured output at a time"):
+            chat(guided_regex="a+", **other)
+
+
 def test_a_message_may_be_in_parts_and_may_be_gone_on_with():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     body = chat(
