@@ -63,12 +63,14 @@ class EngineOptions:
         model: Local directory.
         options: Fields of `EngineConfig` but the model.
         cpus: To be pinned to; None leaves that as it is.
+        num_engines: That share the machine's memory.
         log_level, log_format: As in `logs.set_up`.
     """
 
     model: Path
     options: dict[str, Any] = field(default_factory=dict)
     cpus: list[int] | None = None
+    num_engines: int = 1
     log_level: str = "WARNING"
     log_format: str = "text"
 
@@ -306,7 +308,8 @@ class EngineClient:
                 {
                     "type": "start",
                     "model": str(self._options.model),
-                    "options": self._options.options,
+                    "options": {**self._options.options, **self._memory()},
+                    "num_engines": self._options.num_engines,
                     "cpus": self._options.cpus,
                     "log_level": self._options.log_level,
                     "log_format": self._options.log_format,
@@ -322,6 +325,13 @@ class EngineClient:
         finally:
             self._writer.close()
             self._writer = None
+
+    def _memory(self) -> dict[str, int]:
+        """The KV cache of an engine's first life, for those that follow: what is free now says
+        nothing while its neighbours are using theirs."""
+        if self._options.num_engines == 1 or not self.facts:
+            return {}
+        return {"kv_cache_memory_bytes": self.facts["kv_cache_memory_bytes"]}
 
     async def _reap(self) -> int | None:
         """Make sure that the process is gone; its exit code."""

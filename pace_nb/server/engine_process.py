@@ -30,6 +30,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pace_nb.errors import InvalidRequestError, PaceError
@@ -212,7 +213,10 @@ def _open(start: Message, connection: Connection) -> LLM:
     from pace_nb.llm import LLM
 
     begin = time.perf_counter()
-    llm = LLM(start["model"], **start["options"])
+    options = {**start["options"]}
+    if start["num_engines"] > 1 and options.get("kv_cache_memory_bytes") is None:
+        options["kv_cache_memory_bytes"] = _share(Path(start["model"]), start["num_engines"])
+    llm = LLM(start["model"], **options)
     llm.get_default_sampling_params()  # refused here and not with each request
     loaded = time.perf_counter()
     connection.send({"type": "loading", "stage": "kernels"})
@@ -224,6 +228,7 @@ def _open(start: Message, connection: Connection) -> LLM:
             "max_model_len": llm.max_model_len,
             "num_kv_tokens": llm.num_kv_tokens,
             "kv_cache": llm.kv_cache_arithmetic,
+            "kv_cache_memory_bytes": options.get("kv_cache_memory_bytes"),
             "default_params": llm.get_suggested_sampling(),
             "num_threads": jit.num_threads(),
             "num_compiled": jit.num_compiled(),
@@ -238,6 +243,19 @@ def _open(start: Message, connection: Connection) -> LLM:
         }
     )
     return llm
+
+
+def _share(model: Path, num_engines: int) -> int:
+    """Bytes for the KV cache of one of several engines that load at the same time.
+
+    As for a single one (kv_cache/budget.py), but what is available has not been taken by the
+    others yet: so much less their weights, in equal parts.
+    """
+    from pace_nb.kv_cache.budget import POOL_SHARE, available_memory
+
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    rest = available_memory() - num_engines * weights
+    return max(1, int(POOL_SHARE * rest / num_engines))
 
 
 def _be_a_child() -> None:

@@ -64,7 +64,12 @@ class Service:
         engines = [
             EngineClient(
                 index,
-                replace(engine, cpus=cpus, options={**engine.options, "seed": seed + index}),
+                replace(
+                    engine,
+                    cpus=cpus,
+                    num_engines=num_engines,
+                    options={**engine.options, "seed": seed + index},
+                ),
                 settings.limits,
                 self.metrics,
                 self._engine_changed,

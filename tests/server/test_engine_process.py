@@ -10,7 +10,7 @@ import pytest
 from pace_nb.llm import LLM
 from pace_nb.sampling_params import SamplingParams
 from pace_nb.server import frames, wire
-from pace_nb.server.engine_process import Connection, EngineLoop
+from pace_nb.server.engine_process import Connection, EngineLoop, _share
 
 GREEDY = {"temperature": 0.0, "max_tokens": 4, "ignore_eos": True}
 
@@ -170,3 +170,12 @@ def test_S8_nothing_that_unpickles_or_forks_is_imported(repository):
             for name in names:
                 allowed = name == "concurrent.futures.ThreadPoolExecutor"
                 assert allowed or name.split(".")[0] not in banned, f"{path}: {name}"
+
+
+def test_engines_that_load_together_share_the_memory(monkeypatch, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"0" * 100)
+    (tmp_path / "b.safetensors").write_bytes(b"0" * 100)
+    monkeypatch.setattr("pace_nb.kv_cache.budget.available_memory", lambda: 2400)
+    assert _share(tmp_path, 4) == 300  # three quarters of 2400 - 4 * 200, in four parts
+    monkeypatch.setattr("pace_nb.kv_cache.budget.available_memory", lambda: 500)
+    assert _share(tmp_path, 4) == 1  # which the budget refuses, with the numbers

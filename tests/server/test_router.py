@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import signal
+import threading
 
 import pytest
 
@@ -151,3 +155,59 @@ def test_beginnings_that_are_remembered_are_bounded(engines, monkeypatch):
     for i in range(10):
         submit(chosen, [i] * 2 * PIECE)
     assert len(chosen._beginnings) == 5
+
+
+# ---- real engines ------------------------------------------------------------------------------
+CORES = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.skipif(CORES < 2, reason="two engines need two cores")
+def test_two_engines_share_the_work_and_one_that_dies_takes_only_its_own(start, waiting):
+    server = start("--data-parallel-size", "2", threads=()).listening()
+    waiting(lambda: server.get("/metrics").body.count(b"engine_up{") == 2, 10)
+    waiting(lambda: server.metric("engine_up") == 2, 300, server.log)
+    first, second = pids = server.engine_pids()
+    assert os.sched_getaffinity(first).isdisjoint(os.sched_getaffinity(second))
+    assert os.sched_getaffinity(first) | os.sched_getaffinity(second) == os.sched_getaffinity(0)
+
+    def by_engine(name):
+        found = {}
+        for line in server.get("/metrics").body.decode().splitlines():
+            match = re.match(rf'pace_nb:{name}{{engine="(\d)".*}} (\S+)', line)
+            if match:
+                found[int(match[1])] = float(match[2])
+        return found
+
+    prompt = [7] * 200  # a beginning stays with the engine that has computed it
+    for _ in range(4):
+        assert server.complete(prompt, max_tokens=1).status == 200
+    assert sorted(by_engine("prompt_tokens_total").values()) == [0, 800]
+    assert sorted(by_engine("prefix_cache_hits_total").values())[1] >= 3 * 192
+
+    events = []
+    threads = [
+        threading.Thread(
+            target=lambda i=i: events.append(
+                server.events(prompt=[i] * 3, max_tokens=900, ignore_eos=True)
+            )
+        )
+        for i in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    waiting(lambda: sorted(by_engine("num_requests_running").values()) == [3, 3], 10, server.log)
+    os.kill(pids[0], signal.SIGKILL)
+    waiting(lambda: 0.0 in by_engine("engine_up").values(), 5)
+    assert server.get("/health").status == 200
+    assert server.complete(max_tokens=1).status == 200
+    for thread in threads:
+        thread.join()
+    failed = [one for one in events if '"error"' in one[-2]]
+    assert len(failed) == 3 and all(one[-1] == "[DONE]" for one in events)
+    assert all('"finish_reason":"length"' in one[-2] for one in events if one not in failed)
+    waiting(lambda: server.metric("engine_up") == 2, 60, server.log)
+    server.idle()
+    assert server.stop() == 0
+    for pid in (second, *server.engine_pids()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
