@@ -41,6 +41,7 @@ REQUEST_SECONDS: Final = (
 )  # fmt: skip
 COUNTS: Final = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))  # 1 to 500000
 ITERATION_TOKENS: Final = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+REJECTIONS: Final = ("full", "tokens", "not_ready", "draining")
 FINISH_REASONS: Final = ("stop", "length", "abort", "error")
 
 
@@ -154,6 +155,8 @@ class Metrics:
         self._rejected = plain(
             Counter, f"{prefix}:request_rejected", "Refused for want of room.", ["reason"]
         )
+        for reason in REJECTIONS:
+            self._rejected.labels(reason)
         self._disconnects = plain(
             Counter, f"{prefix}:client_disconnects", "Clients that went before the end."
         )
@@ -263,7 +266,8 @@ class Metrics:
     # ---- told by HTTP ----
 
     def rejected(self, reason: str) -> None:
-        """A request was refused for want of room."""
+        """A request was refused, for one of REJECTIONS: too many sequences, too many tokens of
+        prompts, no engine, the end of the server."""
         self._rejected.labels(reason).inc()
 
     def disconnected(self) -> None:

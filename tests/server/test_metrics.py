@@ -153,3 +153,46 @@ def test_real_requests_are_counted(server):
     assert after["pace_nb:engine_resident_anonymous_bytes"] > 10 * 2**20
     server.get("/some/path/that/is/not/there")
     assert "/some/path" not in json.dumps(server.metrics())
+
+
+# ---- docs/monitoring ---------------------------------------------------------------------------
+def queries(dashboard):
+    """Every PromQL expression of a dashboard."""
+    if isinstance(dashboard, dict):
+        for key, value in dashboard.items():
+            if key in ("expr", "query") and isinstance(value, str):
+                yield value
+            else:
+                yield from queries(value)
+    elif isinstance(dashboard, list):
+        for item in dashboard:
+            yield from queries(item)
+
+
+def test_every_query_of_the_dashboard_names_a_metric_that_is_exported(server, repository):
+    server.complete(max_tokens=2)
+    exported = set()
+    for line in server.get("/metrics").body.decode().splitlines():
+        if not line.startswith("#"):
+            exported.add(re.split(r"[{ ]", line)[0])
+    dashboard = json.loads((repository / "docs/monitoring/grafana/pace_nb.json").read_text())
+    asked = set()
+    for query in queries(dashboard["panels"] + dashboard["templating"]["list"]):
+        plain = re.sub(r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]|by \([^)]*\)', "", query)
+        names = set(re.findall(r"\b(?:pace_nb:|process_|http_)\w+", plain))
+        assert names or query == "prometheus", query
+        asked |= names
+    assert asked <= exported, sorted(asked - exported)
+    assert len(asked) > 30
+
+
+def test_prometheus_and_grafana_find_each_other(repository):
+    """The files of docs/monitoring name each other rightly; they are not started here."""
+    folder = repository / "docs" / "monitoring"
+    compose = (folder / "compose.yaml").read_text()
+    for mounted in re.findall(r"- (\./\S+?):/", compose):
+        assert (folder / mounted).is_file(), mounted
+    scraped = re.search(r'targets: \["127.0.0.1:(\d+)"\]', (folder / "prometheus.yml").read_text())
+    assert scraped[1] == "8000"
+    assert "web.listen-address=127.0.0.1:9090" in compose
+    assert "url: http://127.0.0.1:9090" in (folder / "grafana" / "datasource.yml").read_text()
