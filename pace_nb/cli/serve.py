@@ -16,6 +16,7 @@ from pace_nb.errors import ConfigError
 LIMITS = {
     "max_num_queued_reqs": "max_queued_requests",
     "max_num_queued_tokens": "max_queued_tokens",
+    "max_requests_per_client": "max_requests_per_client",
     "queue_timeout": "queue_timeout",
     "max_body_bytes": "max_body_bytes",
     "max_header_bytes": "max_header_bytes",
@@ -28,6 +29,11 @@ LIMITS = {
     "shutdown_timeout": "shutdown_timeout",
     "watchdog_timeout": "watchdog_timeout",
     "max_engine_restarts": "max_restarts",
+}
+NO_DEFAULT = {
+    "max_queued_requests": "4 x max_num_seqs",
+    "max_queued_tokens": "4 x what the KV cache holds",
+    "max_requests_per_client": "none",
 }
 DEMO_NAME = "pace-nb-demo"
 ENGINE_FIELDS = (
@@ -89,7 +95,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
             f"--{option.replace('_', '-')}",
             type=float if isinstance(default, float) else int,
             metavar="SECONDS" if isinstance(default, float) else "N",
-            help=f"default: {'by max_num_seqs and KV cache' if default is None else default}",
+            help=f"default: {NO_DEFAULT[name] if default is None else default}",
         )
 
 

@@ -84,6 +84,7 @@ class EngineLoop:
         self._connection = connection
         self._submissions: dict[str, Submission] = {}  # unfinished, by the server's id
         self._ids: dict[Submission, str] = {}
+        self._silent: set[str] = set()  # those whose prompt_logprobs were not told
         self._progress: dict[str, list[int]] = {}  # of those without a token; what was told last
 
     def run(self) -> None:
@@ -130,6 +131,7 @@ class EngineLoop:
         self._submissions[request_id] = submission
         self._ids[submission] = request_id
         self._progress[request_id] = [-1, -1]
+        self._silent.add(request_id)
         self._connection.send({"type": "accepted", "id": request_id})
 
     def _step(self) -> Message:
@@ -143,7 +145,11 @@ class EngineLoop:
             if output is None:
                 continue
             request_id = self._ids[submission]
-            found = wire.output_to_json(output, first=request_id in self._progress)
+            # With the first completion's first tokens: by then the prompt is through.
+            first = request_id in self._silent and any(one.index == 0 for one in output.outputs)
+            if first:
+                self._silent.discard(request_id)
+            found = wire.output_to_json(output, first=first)
             if any(one.token_ids for one in output.outputs):
                 self._progress.pop(request_id, None)
             if output.finished:
@@ -183,6 +189,7 @@ class EngineLoop:
         request_id = self._ids.pop(submission)
         del self._submissions[request_id]
         self._progress.pop(request_id, None)
+        self._silent.discard(request_id)
 
 
 def main(descriptor: int) -> int:

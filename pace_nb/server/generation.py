@@ -173,14 +173,17 @@ class Exchange:
         return self._service.settings.limits.keep_alive_interval
 
     def admit(self, num_sequences: int) -> None:
-        """Count them. ApiError 503: no room, no engine, or the server is about to go."""
+        """Count them. ApiError 503: no room, no engine, or the server is about to go; 429: too
+        much for this client."""
         if self._service.draining:
             self._service.metrics.rejected("draining")
             raise ApiError("the server is shutting down", status=503)
         try:
-            self._admission = self._service.router.admit(num_sequences)
-        except ApiError:
-            self._service.metrics.rejected("full" if self._service.ready else "not_ready")
+            client = self._request.scope["state"]["client"]
+            self._admission = self._service.router.admit(num_sequences, client)
+        except ApiError as error:
+            reason = "full" if self._service.ready else "not_ready"
+            self._service.metrics.rejected("client" if error.status == 429 else reason)
             raise
 
     def submit(self, prompts: list[Prompt], body: ChatBody | CompletionBody) -> None:

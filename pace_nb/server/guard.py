@@ -70,6 +70,7 @@ class Guard:
         request_id = _request_id(headers)
         scope.setdefault("state", {})["request_id"] = request_id
         scope["state"]["arrival_time"] = start
+        scope["state"]["client"] = self._client(scope, headers)
         status = CLIENT_CLOSED
 
         async def send_with_id(message: Message) -> None:
@@ -128,17 +129,28 @@ class Guard:
         return None
 
     def _has_key(self, headers: Headers) -> bool:
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip().encode("utf-8", "surrogateescape"))
+        scheme, given = _credentials(headers)
         found = False
         for digest in self._keys:  # all of them, whichever is right
             found |= secrets.compare_digest(given, digest)
         return found and scheme.lower() == "bearer"
 
+    def _client(self, scope: Scope, headers: Headers) -> bytes | str:
+        """Whose request counts as whose: by key, or by address where there are no keys."""
+        if self._keys:
+            return _credentials(headers)[1]
+        return scope["client"][0] if scope.get("client") else ""
+
     def _is_allowed(self, origin: str, host: str) -> bool:
         if "*" in self._origins or origin.rstrip("/") in self._origins:
             return True
         return bool(host) and origin.partition("://")[2] == host
+
+
+def _credentials(headers: Headers) -> tuple[str, bytes]:
+    """The scheme of `Authorization`, and the digest of what follows it."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return scheme, _digest(key.strip().encode("utf-8", "surrogateescape"))
 
 
 def _digest(key: bytes) -> bytes:

@@ -28,6 +28,8 @@ class Limits:
             None is 4 * max_num_seqs. 503.
         max_queued_tokens: Tokens of prompts that wait in each engine; None is 4 times what its KV
             cache holds. 503.
+        max_requests_per_client: Generations at a time of one API key, or of one address where no
+            keys are asked for; None is no limit. 429.
         queue_timeout: A request may wait before its first step. 503.
         max_mailbox_bytes: Of an answer that a slow client has not read. Aborted.
         keep_alive_interval: Between comments on a stream that has no news.
@@ -45,6 +47,7 @@ class Limits:
     max_connections: int = 1024
     max_queued_requests: int | None = None
     max_queued_tokens: int | None = None
+    max_requests_per_client: int | None = None
     queue_timeout: float = 300.0
     max_mailbox_bytes: int = 8 * 2**20
     keep_alive_interval: float = 10.0

@@ -41,7 +41,7 @@ REQUEST_SECONDS: Final = (
 )  # fmt: skip
 COUNTS: Final = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))  # 1 to 500000
 ITERATION_TOKENS: Final = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-REJECTIONS: Final = ("full", "tokens", "not_ready", "draining")
+REJECTIONS: Final = ("full", "tokens", "client", "not_ready", "draining")
 FINISH_REASONS: Final = ("stop", "length", "abort", "error")
 
 
@@ -267,7 +267,7 @@ class Metrics:
 
     def rejected(self, reason: str) -> None:
         """A request was refused, for one of REJECTIONS: too many sequences, too many tokens of
-        prompts, no engine, the end of the server."""
+        prompts, too many requests of one client, no engine, the end of the server."""
         self._rejected.labels(reason).inc()
 
     def disconnected(self) -> None:

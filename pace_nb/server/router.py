@@ -13,7 +13,7 @@ than the least busy one. Among equals the least busy, then the one chosen least 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import count
@@ -32,27 +32,40 @@ MAX_BEGINNINGS: Final = 2**16  # remembered; 16-byte digests
 
 
 class Admission:
-    """So many sequences, counted until `release`; twice is once."""
+    """A request and its sequences, counted until `release`; twice is once."""
 
-    def __init__(self, router: Router, num_sequences: int) -> None:
-        self.num_sequences = num_sequences
+    def __init__(self, router: Router, num_sequences: int, client: bytes | str) -> None:
         self._router = router
+        self._num_sequences = num_sequences
+        self._client = client
+        self._released = False
+        router.num_admitted += num_sequences
+        router.clients[client] += 1
 
     def release(self) -> None:
         """They are done, however that came."""
-        self._router.num_admitted -= self.num_sequences
-        self.num_sequences = 0
+        if not self._released:
+            self._released = True
+            self._router.num_admitted -= self._num_sequences
+            self._router.clients[self._client] -= 1
+            if not self._router.clients[self._client]:
+                del self._router.clients[self._client]
 
 
 class Router:
     """Several engines as one.
 
     max_num_seqs: of one engine, as in `EngineConfig`.
+
+    Attributes:
+        num_admitted: Sequences that run or wait, or whose prompts are being read.
+        clients: Requests under way of each client.
     """
 
     def __init__(self, engines: Sequence[EngineClient], max_num_seqs: int, limits: Limits) -> None:
         self.engines = list(engines)
         self.num_admitted = 0
+        self.clients: Counter[bytes | str] = Counter()
         self._max_num_seqs = max_num_seqs
         self._limits = limits
         self._beginnings: OrderedDict[bytes, int] = OrderedDict()  # digest -> engine
@@ -72,8 +85,15 @@ class Router:
             queued = 4 * self._max_num_seqs
         return len(self.ready) * (self._max_num_seqs + queued)
 
-    def admit(self, num_sequences: int) -> Admission:
-        """Count them in. ApiError 503 where there is no room, or no engine."""
+    def admit(self, num_sequences: int, client: bytes | str = "") -> Admission:
+        """Count them in. ApiError 503 where there is no room, or no engine; 429 where it is this
+        client who asks too much."""
+        most = self._limits.max_requests_per_client
+        if most is not None and self.clients[client] >= most:
+            raise ApiError(
+                f"you have {self.clients[client]} requests under way, at most {most} may be",
+                status=429,
+            )
         if not self.ready:
             raise ApiError("no engine is ready, please try again", status=503)
         if self.num_admitted and self.num_admitted + num_sequences > self.capacity:
@@ -82,8 +102,7 @@ class Router:
                 f"{self.capacity} may",
                 status=503,
             )
-        self.num_admitted += num_sequences
-        return Admission(self, num_sequences)
+        return Admission(self, num_sequences, client)
 
     def submit(
         self,

@@ -37,9 +37,9 @@ def params_from_json(found: dict[str, Any]) -> SamplingParams:
 
 
 def output_to_json(output: RequestOutput, *, first: bool) -> dict[str, Any]:
-    """A piece of news. first: the receiver has nothing of this request yet.
+    """A piece of news. first: with the log-probabilities of the prompt, once and for all.
 
-    The prompt stays here: the receiver has it.
+    The prompt itself stays here: the receiver has it.
     """
     found: dict[str, Any] = {
         "outputs": [_completion_to_json(one) for one in output.outputs],

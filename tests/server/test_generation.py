@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import socket
 import struct
 import threading
@@ -424,3 +426,57 @@ def test_J12_nothing_is_compiled_once_it_is_ready(server):
     assert server.metric("jit_kernels_compiled_total") == compiled
     (line,) = [one for one in server.log().splitlines() if "kernels in" in one]
     assert f"({int(compiled)} compiled)" in line
+
+
+def test_R13_one_client_may_not_take_all(start):
+    server = start("--max-requests-per-client", "1").ready()
+    connection, response = server.open_stream(max_tokens=900, ignore_eos=True)
+    assert response.read(6) == b"data: "
+    reply = server.complete(max_tokens=1)
+    assert (reply.status, reply.headers["retry-after"]) == (429, "1")
+    assert reply.error["type"] == "RateLimitError"
+    assert server.metric('request_rejected_total{reason="client"}') == 1
+    response.close()
+    cut(connection)
+    server.idle()
+    assert server.complete(max_tokens=1).status == 200
+
+
+def test_R4_a_client_that_goes_leaves_the_shared_beginning_sound(server, llm):
+    prompt = [21, 22, 23, 24] * 100
+    params = SamplingParams(temperature=0, max_tokens=8, logprobs=1)
+    (expected,) = llm.generate([prompt], params, use_tqdm=False)
+    for _ in range(4):
+        connection, response = server.open_stream(prompt=prompt, max_tokens=500, ignore_eos=True)
+        response.close()
+        cut(connection)
+    got = server.complete(prompt, max_tokens=8, logprobs=1).json()
+    assert got["choices"][0]["text"] == expected.outputs[0].text
+    found = got["choices"][0]["logprobs"]["token_logprobs"]
+    assert found == [
+        entries[token_id].logprob
+        for token_id, entries in zip(
+            expected.outputs[0].token_ids, expected.outputs[0].logprobs, strict=True
+        )
+    ]
+
+
+def test_S29_the_server_connects_to_nobody(server):
+    """Parts with addresses are refused, and no socket of its processes leads away."""
+    for part in (
+        {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}},
+        {"type": "input_audio", "input_audio": {"data": "http://127.0.0.1:9/x"}},
+        {"type": "video_url", "video_url": {"url": "file:///etc/passwd"}},
+    ):
+        reply = server.post(CHAT, {"messages": [{"role": "user", "content": [part]}]})
+        assert reply.status == 400 and reply.error["param"] == "messages"
+    for pid in (server.process.pid, *server.engine_pids()):
+        inodes = set()
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                inodes.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+        for table in ("tcp", "tcp6", "udp", "udp6"):
+            with open(f"/proc/{pid}/net/{table}") as lines:
+                for fields in (line.split() for line in list(lines)[1:]):
+                    if f"socket:[{fields[9]}]" in inodes:
+                        assert int(fields[1].rpartition(":")[2], 16) == server.port, fields

@@ -71,6 +71,20 @@ def test_S31_every_key_is_compared_whichever_is_right(monkeypatch):
     assert compared == [32] * 6
 
 
+def test_R13_clients_are_told_apart_by_key_or_else_by_address():
+    seen = []
+
+    async def behind(scope, receive, send):
+        seen.append(scope["state"]["client"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    for key in (b"one", b"two", b"one"):
+        ask(KEYS, (b"authorization", b"Bearer " + key), app=behind)
+    assert seen[0] == seen[2] != seen[1] and b"one" not in seen[0]
+    ask(Settings(), app=behind)
+    assert seen[-1] == ""  # a Unix socket has no addresses
+
+
 PATHS = [
     "/v1/models", "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize",
     "/tokenizer_info", "/metrics", "/version", "/load", "/", "/docs", "/nope",

@@ -134,6 +134,19 @@ def test_R10_a_request_larger_than_the_queue_is_taken_alone(engines):
         chosen.admit(100)
 
 
+def test_R13_one_client_cannot_take_all(engines):
+    chosen = router(engines, max_requests_per_client=2)
+    first, _ = chosen.admit(5, "a"), chosen.admit(1, "a")
+    with pytest.raises(ApiError, match="2 requests under way") as caught:
+        chosen.admit(1, "a")
+    assert caught.value.status == 429
+    chosen.admit(1, "b").release()
+    first.release()
+    first.release()
+    chosen.admit(1, "a")
+    assert chosen.clients == {"a": 2} and chosen.num_admitted == 2
+
+
 def test_R11_tokens_that_wait_are_bounded(engines):
     chosen = router(engines[:1])
     submit(chosen, [1] * 5000)  # alone, it is not for the queue to judge
