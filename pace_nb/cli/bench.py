@@ -18,8 +18,10 @@ from pace_nb.cli import options as shared
 from pace_nb.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pace_nb.benchmarks.profile import Operation
     from pace_nb.benchmarks.startup import Start
     from pace_nb.layers.weights import StorageDtype
+    from pace_nb.llm import LLM
 
 KINDS = {
     "latency": "seconds for one batch of prompts that arrive together",
@@ -57,6 +59,11 @@ def add_kind(kind: str, parser: argparse.ArgumentParser) -> None:
         number("--batch-size", 8, "prompts that arrive together")
         number("--num-iters-warmup", 3, "iterations that do not count", 0)
         number("--num-iters", 10, "iterations that count")
+        parser.add_argument(
+            "--profile",
+            action="store_true",
+            help="print time, bytes, FLOPs and share of the limit of each operation",
+        )
     elif kind == "throughput":
         number("--num-prompts", 32, "prompts in all")
         number("--num-warmups", 0, "prompts that are done before the clock starts", 0)
@@ -137,7 +144,10 @@ def run_latency(options: argparse.Namespace) -> dict[str, Any]:
             seed=options.seed,
             ticks=ticks,
         )
+        rows = profiled(llm, options) if options.profile else []
     result = offline.latency_result(model_id(options), latencies)
+    if rows:
+        result["profile"] = [row._asdict() for row in rows]
     print(f"Avg latency: {result['avg_latency']} seconds")
     for percentage, seconds in result["percentiles"].items():
         print(f"{percentage}% percentile latency: {seconds} seconds")
@@ -150,6 +160,37 @@ def run_latency(options: argparse.Namespace) -> dict[str, Any]:
         )
         plots.latencies(latencies, title, options.plot)
     return result
+
+
+def profiled(llm: LLM, options: argparse.Namespace) -> list[Operation]:
+    """One more iteration, operation by operation; prints it as a table."""
+    from pace_nb.benchmarks import offline
+    from pace_nb.benchmarks.profile import Profile
+    from pace_nb.kernels import limits
+
+    read, peak = limits.dram_read_rate(), limits.flop_peak()
+    with Profile() as profile:
+        offline.latency(
+            llm,
+            input_len=options.input_len,
+            output_len=options.output_len,
+            batch_size=options.batch_size,
+            n=options.n,
+            num_iters_warmup=0,
+            num_iters=1,
+            detokenize=not options.disable_detokenize,
+            seed=options.seed,
+        )
+    rows = profile.rows(read, peak)
+    print(f"limits: {read / 1e9:.1f} GB/s read from DRAM, {peak / 1e9:.0f} GFLOP/s in registers")
+    print(f"{'operation':<36} {'calls':>6} {'ms':>9} {'time':>6} {'GB':>8} {'GFLOP':>8} limit")
+    for row in rows:
+        limit = "" if row.share_of_limit is None else f"{row.share_of_limit:.0%}"
+        print(
+            f"{row.name:<36} {row.calls:>6} {row.seconds * 1e3:>9.2f} {row.share_of_time:>6.1%} "
+            f"{row.moved / 1e9:>8.2f} {row.flops / 1e9:>8.1f} {limit:>5}"
+        )
+    return rows
 
 
 def run_throughput(options: argparse.Namespace) -> dict[str, Any]:

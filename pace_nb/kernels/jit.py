@@ -395,11 +395,21 @@ def _announce_compile(name: str) -> None:
 _FLAGS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}  # reasons: the module docstring
 
 
+_kernels: list[tuple[dict[str, Any], str]] = []
+
+
+def kernels() -> list[tuple[dict[str, Any], str]]:
+    """(namespace, name) of every kernel that has been imported: where its callers look it up."""
+    return _kernels
+
+
 def kernel(func: Callable[..., Any]) -> Callable[..., Any]:
     """A compiled entry point with one `prange` loop, called by a wrapper that checks all.
 
     Kernels of this folder are cached on disk; those written elsewhere are compiled in each process.
     """
+    if _hashed(func):
+        _kernels.append((func.__globals__, func.__name__))
     if INTERPRETED:
         return np.errstate(all="ignore")(func)  # NaN and infinity are data here too
     compiled: Any = numba.njit(**_FLAGS, parallel=True)(func)
