@@ -127,3 +127,27 @@ def test_architecture_page_names_every_rule_file(repository):
     page = (repository / "docs" / "architecture.md").read_text()
     files = {path.name for path in (repository / "tests" / "architecture").glob("test_*.py")}
     assert set(re.findall(r"`(test_\w+\.py)`", page)) == files
+
+
+RELIABILITY = {
+    *(f"S{i}" for i in range(1, 41)),
+    *(f"R{i}" for first, last in [(1, 16), (20, 27), (30, 35), (40, 42), (50, 57)]
+      for i in range(first, last + 1)),
+    *(f"D{i}" for i in range(1, 9)),
+}  # fmt: skip
+
+
+def test_every_case_of_reliability_has_a_test_or_a_reason(repository):
+    """docs/reliability.md: a case is in the name of a test, or in one of the two tables."""
+    page = (repository / "docs" / "reliability.md").read_text()
+    rows = re.findall(r"^\| ([SRD]\d+(?:, [SRD]\d+)*) \|", page, re.MULTILINE)
+    listed = [case for row in rows for case in row.split(", ")]
+    named = set()
+    for path in (repository / "tests").rglob("test_*.py"):
+        for name in re.findall(r"def (test_[SRD]\d+_\w+)", path.read_text()):
+            named |= set(re.findall(r"(?<=_)[SRD]\d+(?=_)", name))
+    assert len(listed) == len(set(listed)), "a case is listed twice"
+    assert not named & set(listed), "a case is in the name of a test, and listed"
+    assert named | set(listed) == RELIABILITY
+    for file in re.findall(r"`(tests/[\w/]+\.py)`", page):
+        assert (repository / file).is_file(), file
