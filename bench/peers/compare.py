@@ -217,9 +217,16 @@ class Comparison:
     """The engines of one comparison: started one after the other, then asked in turn."""
 
     def __init__(
-        self, names: Sequence[str], checkpoint: Path, gguf: Path, folder: Path, cpus: list[int]
+        self,
+        names: Sequence[str],
+        checkpoint: Path,
+        gguf: Path,
+        folder: Path,
+        cpus: list[int],
+        nice: int = 0,
     ) -> None:
         self._launches = {n: engines.launch(n, checkpoint, gguf, folder, cpus) for n in names}
+        self._nice = nice
         self._logs = Path(tempfile.mkdtemp(prefix="peers-"))
         self.running: dict[str, Engine] = {}
         self._seeds = itertools.count(1)
@@ -231,7 +238,8 @@ class Comparison:
             self.start_one(name)
 
     def start_one(self, name: str) -> None:
-        engine = Engine(name, self._launches[name], self._logs / f"{name}.log")
+        log = self._logs / f"{name}.log"
+        engine = Engine(name, self._launches[name], log, self._nice)
         self.running[name] = self._stack.enter_context(engine)
         engine.ask(Case(1, SHORT, 2))
         engine.pause()
@@ -268,7 +276,7 @@ class Comparison:
         for turn in range(rounds + 1):
             for name, launch in self._launches.items():
                 log = self._logs / f"{name}.log"
-                with around(), Engine(name, launch, log) as engine:
+                with around(), Engine(name, launch, log, self._nice) as engine:
                     engine.ask(Case(1, 128, 1, next(self._seeds)))
                     first = time.perf_counter() - engine.started
                     facts[name] = engine.facts
@@ -302,6 +310,7 @@ def main() -> None:
     groups = [*CASES, "startup"]
     parser.add_argument("--cases", nargs="+", choices=groups, default=groups)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--nice", type=int, default=0, help="of all engines; -20 goes first")
     parser.add_argument("--folder", type=Path, default=install.default_folder())
     parser.add_argument("--output", type=Path, default=timing.RESULTS / "peers.json")
     options = parser.parse_args()
@@ -309,7 +318,7 @@ def main() -> None:
     cpus = sorted(os.sched_getaffinity(0))
     gguf = gguf_of(checkpoint) if "llama-cpp" in options.engines else checkpoint
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stopped engines would stay for ever
-    comparison = Comparison(options.engines, checkpoint, gguf, options.folder, cpus)
+    comparison = Comparison(options.engines, checkpoint, gguf, options.folder, cpus, options.nice)
     try:
         if "startup" in options.cases:
             result = comparison.startup(options.rounds)

@@ -65,17 +65,25 @@ class Engine:
         ready_seconds: From process start until it could be asked.
     """
 
-    def __init__(self, name: str, launch: Launch, log: Path) -> None:
-        """Start and wait until it is ready. `log` gets what the engine prints."""
+    def __init__(self, name: str, launch: Launch, log: Path, nice: int = 0) -> None:
+        """Start and wait until it is ready. `log` gets what the engine prints.
+
+        nice: of all its threads; below 0 (for root) it goes before whatever else runs here.
+        """
         self.name = name
         self._log = log
         start = time.perf_counter()
         with open(log, "w") as stderr:
             self._process = subprocess.Popen(
-                launch.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
-                text=True, cwd=ROOT, env={**os.environ, **launch.environment},
+                ["nice", "-n", str(nice), *launch.command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                cwd=ROOT,
+                env={**os.environ, **launch.environment},
                 start_new_session=True,
-            )  # fmt: skip
+            )
         self.started = start
         try:
             self.facts: dict[str, Any] = self._answer()["facts"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def test_asked_and_answered(engine, tmp_path):
     assert engine.cpu_seconds() < machine_cpu_seconds()
     engine.close()
     assert "a library says something" in (tmp_path / "log").read_text()
+
+
+def test_its_priority_is_what_was_asked(tmp_path):
+    launch = Launch([sys.executable, "-c", RUNNER], {})
+    with Engine("fake", launch, tmp_path / "log", nice=3) as engine:
+        here = os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, engine._process.pid) == min(here + 3, 19)
 
 
 def test_paused_it_uses_no_cpu(engine):
