@@ -7,6 +7,7 @@ memory stays.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -131,13 +132,14 @@ class Engine:
         """End it: by the end of its stdin, or, where that takes 30 s, by force."""
         if self._process.poll() is None:
             self.resume()
-            if self._process.stdin is not None:
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # it ended by itself
                 self._process.stdin.close()
-            try:
-                self._process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
 
