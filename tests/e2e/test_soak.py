@@ -21,7 +21,9 @@ from pace_nb.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.skipif(jit.INTERPRETED, reason="minutes without compiled kernels")
 
-NUM_REQUESTS = 10_000 if os.environ.get("PACE_NB_TEST_LONG") else 150
+LONG = bool(os.environ.get("PACE_NB_TEST_LONG"))
+NUM_REQUESTS = 10_000 if LONG else 150
+KV_BLOCKS = 120 if LONG else 40  # little: it evicts and preempts
 NUM_RUNNING = 48  # that wait or run at a time
 MOST_GROWTH = 8 * 2**20  # bytes; a leak of one list of tokens per request would be 20 MB
 
@@ -65,7 +67,7 @@ def test_memory_stays_flat_and_every_block_comes_back():
     rng = np.random.default_rng(0)
     stream = requests(rng)
     fates: Counter[str] = Counter()
-    with LLM(kv_cache_memory_bytes=40 * 16 * 1536) as llm:  # little: it evicts and preempts
+    with LLM(kv_cache_memory_bytes=KV_BLOCKS * 16 * 1536) as llm:
         serve(llm, stream, NUM_REQUESTS // 3, rng, fates)  # all is compiled and allocated once
         before = anonymous_bytes()
         serve(llm, stream, NUM_REQUESTS - NUM_REQUESTS // 3, rng, fates)
