@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(jit.INTERPRETED, reason="minutes without compile
 
 LONG = bool(os.environ.get("PACE_NB_TEST_LONG"))
 NUM_REQUESTS = 10_000 if LONG else 150
-KV_BLOCKS = 120 if LONG else 40  # little: it evicts and preempts
+KV_BLOCKS = 64 if LONG else 40  # little: it evicts and preempts
 NUM_RUNNING = 48  # that wait or run at a time
 MOST_GROWTH = 8 * 2**20  # bytes; a leak of one list of tokens per request would be 20 MB
 
