@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
 
 import pytest
 
@@ -78,3 +84,90 @@ def test_everything_under_way_can_be_ended(service):
             assert caught.value.status == 503
 
     asyncio.run(main())
+
+
+# ---- all of it at once -------------------------------------------------------------------------
+LONG = bool(os.environ.get("PACE_NB_TEST_LONG"))
+CLIENTS, SECONDS = (200, 300) if LONG else (50, 8)
+
+
+class Crowd:
+    """Clients that ask, one request after the other; every tenth goes before its answer."""
+
+    def __init__(self, server, seconds):
+        self.server, self.end = server, time.monotonic() + seconds
+        self.ends, self.health = Counter(), []
+
+    async def send(self, head, body=b""):
+        reader, writer = await asyncio.open_connection(self.server.host, self.server.port)
+        writer.write(
+            f"{head} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        return reader, writer
+
+    async def client(self, seed):
+        draw = random.Random(seed)
+        while time.monotonic() < self.end:
+            body = {
+                "prompt": [draw.randrange(1500) for _ in range(draw.randrange(1, 120))],
+                "max_tokens": draw.randrange(1, 60), "stream": draw.random() < 0.8,
+                "n": draw.choice([1, 1, 1, 2]), "temperature": 0.8,
+            }  # fmt: skip
+            reader, writer = await self.send("POST /v1/completions", json.dumps(body).encode())
+            if draw.random() < 0.1:
+                await asyncio.sleep(draw.random())
+                writer.transport.abort()
+                self.ends["cut"] += 1
+                continue
+            data = await asyncio.wait_for(reader.read(), 120)
+            writer.close()
+            self.ends[self.kind(data, body["stream"])] += 1
+            if data.startswith(b"HTTP/1.1 503"):
+                await asyncio.sleep(0.2)
+
+    @staticmethod
+    def kind(data, streams):
+        head, _, body = data.partition(b"\r\n\r\n")
+        status = int(head.split()[1])
+        if status == 200 and streams:
+            assert body.rstrip(b"\r\n0").endswith(b"data: [DONE]")
+            return "told" if b'data: {"error":' in body else "done"
+        found = json.loads(body)
+        assert ("choices" in found) == (status == 200)
+        return "done" if status == 200 else f"refused {status}"
+
+    async def look(self):
+        while time.monotonic() < self.end:
+            start = time.monotonic()
+            reader, writer = await self.send("GET /health/live")
+            assert b" 200 " in await reader.read()
+            writer.close()
+            self.health.append(time.monotonic() - start)
+            await asyncio.sleep(0.05)
+
+    async def kill(self):
+        await asyncio.sleep((self.end - time.monotonic()) / 2)
+        os.kill(self.server.engine_pids()[0], signal.SIGKILL)
+
+    async def run(self):
+        await asyncio.gather(self.kill(), self.look(), *map(self.client, range(CLIENTS)))
+
+
+def test_R26_R40_a_crowd_that_leaves_nothing_behind(start, waiting):
+    """Every request ends in an answer or an error, though clients go and the engine is killed."""
+    server = start("--max-num-queued-reqs", "400").ready()
+    files = server.metrics()["process_open_fds"]
+    crowd = Crowd(server, SECONDS)
+    asyncio.run(crowd.run())
+    assert set(crowd.ends) <= {"done", "told", "cut", "refused 503"}, crowd.ends
+    assert crowd.ends["done"] > CLIENTS and crowd.ends["told"] + crowd.ends["refused 503"] > 0
+    slow = sorted(crowd.health)[int(0.9 * len(crowd.health))]
+    assert slow < 0.5  # 0.1 on a machine that does nothing else
+    waiting(lambda: server.get("/health").status == 200, 120, server.log)
+    server.idle(60)
+    found = server.metrics()
+    assert found["process_open_fds"] <= files + 2
+    assert found["process_resident_memory_bytes"] < 250 * 2**20
+    assert "Traceback" not in server.log()
