@@ -311,7 +311,9 @@ def _check_length(
     longest = service.max_model_len
     if longest is None or body.params.truncate_prompt_tokens is not None:
         return
-    asked = raw.get("max_completion_tokens") or raw.get("max_tokens") or 1
+    names = ("max_tokens", "max_completion_tokens")[: 1 + isinstance(body, ChatBody)]
+    given = any(raw.get(name) is not None for name in names)  # a default gives way to the context
+    asked = (body.params.max_tokens or 1) if given else 1
     if len(prompt.token_ids) + asked > longest:
         raise ApiError(
             f"This model's maximum context length is {longest} tokens. However, you requested "

@@ -259,6 +259,7 @@ VALUES = [
 ]
 FIELDS = """
 model prompt messages n best_of temperature top_p top_k min_p seed stop stop_token_ids max_tokens
+max_completion_tokens return_token_ids return_tokens_as_token_ids include_reasoning
 min_tokens logprobs top_logprobs prompt_logprobs logit_bias echo stream stream_options user suffix
 presence_penalty frequency_penalty repetition_penalty response_format tools tool_choice cache_salt
 priority request_id add_special_tokens ignore_eos skip_special_tokens truncate_prompt_tokens
