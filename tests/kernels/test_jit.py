@@ -57,7 +57,7 @@ print(y[3] / x[3], jit.num_compiled(), jit.cache_dir())
 
 
 def environment(**changes: str) -> dict[str, str]:
-    ours = ("PACE_NB_", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER")
+    ours = ("PACE_NB_", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER", "GOMP_SPINCOUNT")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     return kept | changes
 
@@ -344,6 +344,13 @@ def test_the_thread_count_follows_affinity(tree: Path, tmp_path: Path) -> None:
 def test_the_thread_count_follows_the_variable(tree: Path, tmp_path: Path) -> None:
     out, _ = run(tree, tmp_path / "cache", THREADS, PACE_NB_NUM_THREADS="1")
     assert out == [str(jit.allowed_threads()), "1"]
+
+
+@compiled_only
+def test_threads_sleep_soon_unless_the_user_says_otherwise(tree: Path, tmp_path: Path) -> None:
+    code = "import os; from pace_nb.kernels import jit; print(os.environ['GOMP_SPINCOUNT'])"
+    assert run(tree, tmp_path / "cache", code)[0] == ["1000"]
+    assert run(tree, tmp_path / "cache", code, GOMP_SPINCOUNT="5")[0] == ["5"]
 
 
 @pytest.mark.parametrize(
