@@ -1,4 +1,4 @@
-"""`EngineConfig` and `CacheConfig`: every option of an engine, validated once, frozen.
+"""`EngineConfig`, `SpeculativeConfig`, `CacheConfig`: all options of an engine, checked, frozen.
 
 Knows option names (vLLM's), defaults and legal values. Does not know what a model or a machine
 offers: options left `None` are resolved where that is known (`max_model_len` in llm.py, the pool
@@ -7,7 +7,8 @@ size in kv_cache/budget.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,87 @@ DTYPES = ("auto", "bfloat16", "float32")
 KV_CACHE_KINDS = ("contiguous", "slab", "paged")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 KERNELS = ("numba", "reference")
+SPECULATIVE_METHODS = ("ngram", "prompt_lookup")
+MOST_SPECULATIVE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """How tokens are guessed ahead; names as in vLLM's speculative_config. What comes out is the
+    same with and without, to the bit.
+
+    Attributes:
+        method: "ngram", or "prompt_lookup", which is the same: what followed the last tokens
+            earlier, in prompt or output, follows again.
+        num_speculative_tokens: Most tokens that are guessed for a request in a step.
+        prompt_lookup_max, prompt_lookup_min: How many last tokens must have been there before; the
+            most are tried first. One left None is as the other, both are 5.
+
+    Raises:
+        ConfigError: naming the field, the value and what was expected, in one line.
+    """
+
+    method: str
+    num_speculative_tokens: int | None = None
+    prompt_lookup_max: int | None = None
+    prompt_lookup_min: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            _expect_choice("method", self.method, SPECULATIVE_METHODS)
+            for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
+                if getattr(self, name) is not None:
+                    _expect_positive(name, getattr(self, name))
+            if self.num_tokens > MOST_SPECULATIVE_TOKENS:
+                raise ConfigError(
+                    f"num_speculative_tokens must be 1 to {MOST_SPECULATIVE_TOKENS}, got "
+                    f"{self.num_tokens}"
+                )
+            if self.lookup_min > self.lookup_max:
+                raise ConfigError(
+                    f"prompt_lookup_min must be at most prompt_lookup_max ({self.lookup_max}), got "
+                    f"{self.lookup_min}"
+                )
+        except ConfigError as error:
+            raise ConfigError(f"speculative_config: {error}") from None
+
+    @classmethod
+    def of(cls, given: object) -> SpeculativeConfig:
+        """From what a user gave: one of these, or its fields by name."""
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                "speculative_config must be a SpeculativeConfig or a dict of its fields, got "
+                f"{given!r}"
+            )
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ConfigError(
+                    f"speculative_config has no field {name!r}, expected {', '.join(known)}"
+                )
+        if "method" not in given:
+            raise ConfigError(
+                "speculative_config names no method, expected one of "
+                f"{', '.join(SPECULATIVE_METHODS)}"
+            )
+        return cls(**given)
+
+    @property
+    def num_tokens(self) -> int:
+        """`num_speculative_tokens`, decided."""
+        return 5 if self.num_speculative_tokens is None else self.num_speculative_tokens
+
+    @property
+    def lookup_max(self) -> int:
+        """`prompt_lookup_max`, decided."""
+        return self.prompt_lookup_max or self.prompt_lookup_min or 5
+
+    @property
+    def lookup_min(self) -> int:
+        """`prompt_lookup_min`, decided."""
+        return self.prompt_lookup_min or self.lookup_max
 
 
 @dataclass(frozen=True)
@@ -60,6 +142,7 @@ class EngineConfig:
         seed: Of the engine. Requests without a seed of their own draw one from it, in order of
             arrival.
         num_threads: Threads of the compiled kernels; None is what affinity and cgroup allow.
+        speculative_config: A SpeculativeConfig, or its fields by name; None guesses nothing.
 
     Raises:
         ConfigError: naming the field, the value and what was expected, in one line.
@@ -82,8 +165,12 @@ class EngineConfig:
     kernels: Literal["numba", "reference"] = "numba"
     seed: int = 0
     num_threads: int | None = None
+    speculative_config: SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.speculative_config is not None:
+            decided = SpeculativeConfig.of(self.speculative_config)
+            object.__setattr__(self, "speculative_config", decided)
         _expect_choice("dtype", self.dtype, DTYPES)
         _expect_choice("kv_cache", self.kv_cache, KV_CACHE_KINDS)
         _expect_choice("kernels", self.kernels, KERNELS)

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from pace_nb.compile_ahead import CompileAhead
 from pace_nb.engine.completion import Submission
 from pace_nb.engine.engine import Engine, EngineLoad
+from pace_nb.engine.speculative import SpeculativeStats
 from pace_nb.engine.submissions import Submissions
 from pace_nb.errors import InvalidRequestError, PaceError
 from pace_nb.kernels import jit
@@ -190,6 +191,10 @@ class LLM:
     def get_load(self) -> EngineLoad:
         """How busy the engine is."""
         return self._open_engine().load()
+
+    def get_speculative_stats(self) -> SpeculativeStats | None:
+        """What speculation did so far; None without a speculative_config."""
+        return self._open_engine().speculative_stats
 
     def forward(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits f32[T, V] of all T tokens of one sequence, with no BOS added.

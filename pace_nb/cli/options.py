@@ -7,6 +7,7 @@ their type; `SamplingParams` and `EngineConfig` do, in the same words for every 
 from __future__ import annotations
 
 import argparse
+import json
 import secrets
 import sys
 from pathlib import Path
@@ -106,6 +107,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="compute what prompts begin with in common only once (default: on where paged)",
     )
+    add(
+        "--speculative-config",
+        type=json_object,
+        metavar="JSON",
+        help="guess tokens ahead, such as "
+        """'{"method": "prompt_lookup", "num_speculative_tokens": 5}'; the text stays the same""",
+    )
 
 
 def add_batching_arguments(parser: argparse.ArgumentParser) -> None:
@@ -199,6 +207,17 @@ def resolve_model(options: argparse.Namespace) -> Path:
     )
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """An option's value that is a JSON object; argparse refuses anything else in these words."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return value
+
+
 def set_threads(options: argparse.Namespace) -> None:
     """Let the kernels use `--threads`. ConfigError for a number that this machine cannot have."""
     from pace_nb.kernels import jit
@@ -225,6 +244,7 @@ def engine_options(options: argparse.Namespace) -> dict[str, Any]:
         "kv_cache": options.kv_cache,
         "block_size": options.block_size,
         "enable_prefix_caching": options.enable_prefix_caching,
+        "speculative_config": options.speculative_config,
         **batching,
     }
 

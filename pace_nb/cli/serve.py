@@ -39,7 +39,7 @@ DEMO_NAME = "pace-nb-demo"
 ENGINE_FIELDS = (
     "dtype", "kernels", "max_model_len", "kv_cache", "block_size", "enable_prefix_caching",
     "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "kv_cache_memory_bytes",
-    "scheduling_policy",
+    "scheduling_policy", "speculative_config",
 )  # fmt: skip
 
 

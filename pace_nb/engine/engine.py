@@ -1,6 +1,7 @@
 """`Engine`: the `step()` loop. Requests in, tokens out.
 
-Knows the order of things: schedule, run, sample, update. Does not know text, HTTP or arithmetic.
+Knows the order of things: draft (with speculation), schedule, run, sample, update. Does not know
+text, HTTP or arithmetic.
 
 What fails, fails alone:
 
@@ -24,6 +25,7 @@ from pace_nb.engine.model_runner import FORWARD_ID, Float32Array, ModelRunner
 from pace_nb.engine.request import Request
 from pace_nb.engine.sampler import Sampled, Sampler, packed
 from pace_nb.engine.scheduler import Scheduled, Scheduler
+from pace_nb.engine.speculative import Drafter, PromptLookup, Speculation, SpeculativeStats
 from pace_nb.engine.stopping import check_tokens
 from pace_nb.errors import InvalidRequestError, WrongThreadError
 from pace_nb.kv_cache.base import KVCache
@@ -63,17 +65,28 @@ class Engine:
     raise WrongThreadError in any other (`EngineThread` takes calls from all). `check`, which looks
     at nothing that changes, may be called from anywhere.
 
-    max_model_len: the longest sequence, prompt and output together.
+    max_model_len: the longest sequence, prompt and output together. drafter: guesses tokens, where
+    the config has a speculative_config; None is the one that needs no model.
     """
 
     def __init__(
-        self, model: Model, cache: KVCache, config: EngineConfig, max_model_len: int
+        self,
+        model: Model,
+        cache: KVCache,
+        config: EngineConfig,
+        max_model_len: int,
+        drafter: Drafter | None = None,
     ) -> None:
         self.max_model_len = max_model_len
         self._cache = cache
         self._runner = ModelRunner(model, cache, config)
         self._scheduler = Scheduler(config, cache)
         self._sampler = Sampler(config.seed, config.kernels)
+        self._speculation: Speculation | None = None
+        if (speculative := config.speculative_config) is not None:
+            self._speculation = Speculation(
+                drafter or PromptLookup(speculative), speculative, self._runner.switch_length
+            )
         self._requests: dict[str, Request] = {}  # unfinished
         self._num_arrived = 0
         self._num_step_tokens = 0
@@ -82,8 +95,12 @@ class Engine:
     def step(self) -> list[Progress]:
         """Bring requests forward by one step; returns those with new tokens or an end."""
         self._own()
+        if self._speculation is not None:
+            self._speculation.draft(self._scheduler.running)
         scheduled = self._scheduler.schedule()
-        self._num_step_tokens = sum([num_tokens for _, num_tokens in scheduled])
+        self._num_step_tokens = sum(
+            [num_tokens + len(request.draft_token_ids) for request, num_tokens in scheduled]
+        )
         if not scheduled:
             return self._end_stall()
         try:
@@ -193,6 +210,11 @@ class Engine:
         )
 
     @property
+    def speculative_stats(self) -> SpeculativeStats | None:
+        """What speculation did so far; None where it is off."""
+        return None if self._speculation is None else self._speculation.stats
+
+    @property
     def num_kv_tokens(self) -> int:
         """Tokens that the KV cache holds, all requests together."""
         return self._cache.num_total_tokens
@@ -233,10 +255,11 @@ class Engine:
         return [self._fail(request, reason)]
 
     def _one_by_one(self, scheduled: Sequence[Scheduled]) -> list[Sampled]:
-        """A step that raised, again, one request at a time."""
+        """A step that raised, again, one request at a time and without guesses."""
         _log.warning("a step of %d requests failed", len(scheduled), exc_info=True)
         sampled = []
         for one in scheduled:
+            one.request.draft_token_ids = []
             try:
                 sampled += self._sampler.sample([one], self._runner.run([one]))
             except Exception as error:
@@ -281,6 +304,14 @@ class Engine:
             request.max_tokens,
         )
         request.token_ids += result.token_ids[:num_kept]
+        if request.draft_token_ids:
+            # Each kept token but the last was a guess that is stored; the rest of them is not it.
+            request.num_computed_tokens += num_kept - 1
+            self._cache.truncate(request.request_id, request.num_computed_tokens)
+            if self._speculation is not None:
+                held = len(result.token_ids) - 1
+                self._speculation.verified(request, min(held, num_kept))
+            request.draft_token_ids = []
         # Its logits are finite, and they have seen all it has stored.
         self._cache.commit(
             request.request_id,
@@ -315,6 +346,8 @@ class Engine:
         del self._requests[request.request_id]
         self._scheduler.finish(request, zero=finish_reason == "error")
         self._sampler.forget(request)
+        if self._speculation is not None:
+            self._speculation.forget(request)
         request.finish_reason = finish_reason
         request.metrics.finished_time = time.monotonic()
 

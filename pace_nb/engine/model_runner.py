@@ -81,7 +81,7 @@ class ModelRunner:
         return getattr(self._model, "switch_length", None)
 
     def run(self, scheduled: Sequence[Scheduled]) -> StepLogits:
-        """Compute the next tokens of each request and store their keys and values."""
+        """Compute the next tokens of each request, and its guesses; store keys and values."""
         batch = _batch_of(scheduled)
         return StepLogits(self, self._hidden(batch), batch)
 
@@ -131,7 +131,8 @@ class ModelRunner:
 def _batch_of(scheduled: Sequence[Scheduled]) -> Batch:
     """The flat arrays of a step."""
     requests = [request for request, _ in scheduled]
-    if {request.num_behind for request in requests} == {1}:
+    drafting = any(request.draft_token_ids for request in requests)
+    if not drafting and {request.num_behind for request in requests} == {1}:
         return Batch.of_last_tokens(
             [request.request_id for request in requests],
             [request.token_ids[-1] for request in requests],
@@ -142,10 +143,10 @@ def _batch_of(scheduled: Sequence[Scheduled]) -> Batch:
             (
                 request.request_id,
                 (start := request.num_computed_tokens),
-                request.token_ids[start : start + num_tokens],
+                request.token_ids[start : start + num_tokens] + request.draft_token_ids,
                 request.num_logits(num_tokens),
             )
             for request, num_tokens in scheduled
         ],
-        [request.num_tokens for request in requests],
+        [request.num_tokens + len(request.draft_token_ids) for request in requests],
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from pace_nb.outputs import FinishReason, RequestMetrics, TokenLogprobs
 from pace_nb.sampling_params import SamplingParams
@@ -48,6 +49,9 @@ class Request:
             greedy, nothing changes its logits, no logprobs.
         token_ids: The prompt, then what was generated.
         num_computed_tokens: How many of them have keys and values in the cache.
+        draft_token_ids: Guesses for the tokens after these, which the step that catches up
+            verifies (speculative.py).
+        draft_probabilities: As in speculative.Draft; there may be more rows than guesses.
         num_cached_tokens: How many of its prompt it did not compute: the cache had them.
         num_preemptions: How often it lost its cache to an older request.
         logprobs: One dict per generated token, where asked for.
@@ -71,6 +75,8 @@ class Request:
     takes_largest: bool = field(init=False)
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
+    draft_token_ids: list[int] = field(default_factory=list)
+    draft_probabilities: Any = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     logprobs: list[TokenLogprobs] | None = field(init=False)
@@ -123,12 +129,13 @@ class Request:
     def num_logits(self, num_tokens: int) -> int:
         """Of the next `num_tokens` to be computed, how many at the end need logits.
 
-        The last of all gives the next token. With `prompt_logprobs` so does every row that predicts
-        a prompt token not reported yet; those rows are always at the end of what is computed,
-        because the first token is sampled only after the prompt is through.
+        The last of all gives the next token, and each guess behind it another. With
+        `prompt_logprobs` so does every row that predicts a prompt token not reported yet; those
+        rows are always at the end of what is computed, because the first token is sampled only
+        after the prompt is through.
         """
         end = self.num_computed_tokens + num_tokens
         if self.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt_tokens:
-            return int(end == self.num_tokens)
+            return 1 + len(self.draft_token_ids) if end == self.num_tokens else 0
         first = max(self.num_computed_tokens, len(self.prompt_logprobs) - 1)
         return max(0, end - first)

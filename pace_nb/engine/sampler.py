@@ -42,7 +42,17 @@ from pace_nb.engine.scheduler import Scheduled
 from pace_nb.engine.stopping import ending_token_ids
 from pace_nb.kernels import jit
 from pace_nb.kernels.logprobs import Logprobs, token_logprobs
-from pace_nb.kernels.sampling import NEUTRAL, NUM_SETTINGS, Drawn, Edits, greedy, sample
+from pace_nb.kernels.sampling import (
+    NEUTRAL,
+    NUM_SETTINGS,
+    Drawn,
+    Edits,
+    distribution,
+    greedy,
+    sample,
+    sample_residual,
+    uniform_bits,
+)
 from pace_nb.outputs import Logprob, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -51,6 +61,7 @@ if TYPE_CHECKING:
 Float32Array = NDArray[np.float32]
 Int64Array = NDArray[np.int64]
 
+ACCEPTING, REPLACING = 1, 2  # streams of random numbers, see `kernels.sampling.uniform_bits`
 PROMPT_ROWS = 64  # rows of prompt logits that exist at the same time: 33 MB of f32 at V = 128k
 
 
@@ -95,12 +106,21 @@ class Sampler:
 
     def sample(self, scheduled: Sequence[Scheduled], logits: StepLogits) -> list[Sampled]:
         """One result per scheduled request, in order. logits: the rows that `Request.num_logits`
-        asked for, request after request."""
+        asked for, request after request.
+
+        A request with guesses gets the token of its first row, and that of each next one for as
+        long as the guess before it was the token drawn. Where guesses were drawn themselves, their
+        probabilities decide (`_judge`), and tokens are others than without speculation, of the same
+        distribution. Where a row but the first gives no token, the request gets those before it;
+        the row comes again.
+        """
         with jit.using(self._kernels):
             for request, num_tokens in scheduled:
                 if not request.takes_largest or num_tokens != request.num_behind:
                     return self._sample(scheduled, logits)
             tokens, largest = greedy(logits.rows(slice(None)))
+            if len(tokens) > len(scheduled):
+                return _accepted(scheduled, tokens.tolist(), largest)
             return [
                 Sampled((token,)) if token >= 0 else Sampled(error=_bad_logits(largest[row]))
                 for row, token in enumerate(tokens.tolist())
@@ -110,42 +130,86 @@ class Sampler:
         """`sample` for whatever requests ask for."""
         results: list[Sampled] = []
         drawing: list[int] = []  # which of the results get a token
+        first_rows: list[int] = []  # of each of them
         end = 0
-        last_rows: list[int] = []
         for request, num_tokens in scheduled:
             start, end = end, end + request.num_logits(num_tokens)
             catches_up = request.num_behind == num_tokens
+            num_drawn = 1 + len(request.draft_token_ids) if catches_up else 0
             try:
-                entries = _prompt_logprobs(request, logits, start, end - catches_up)
+                entries = _prompt_logprobs(request, logits, start, end - num_drawn)
             except _FailedError as problem:
                 results.append(Sampled(error=str(problem)))
                 continue
             if catches_up:
                 drawing.append(len(results))
-                last_rows.append(end - 1)
+                first_rows.append(end - num_drawn)
             results.append(Sampled(prompt_logprobs=entries))
         if drawing:
             requests = [scheduled[index].request for index in drawing]
-            rows = logits.rows(np.array(last_rows))
-            for index, drawn in zip(drawing, self._draw(requests, rows), strict=True):
+            for index, drawn in zip(
+                drawing, self._verify(requests, first_rows, logits), strict=True
+            ):
                 if drawn.error is None:
                     drawn = drawn._replace(prompt_logprobs=results[index].prompt_logprobs)
                 results[index] = drawn
         return results
 
-    def _draw(self, requests: Sequence[Request], rows: Float32Array) -> list[Sampled]:
-        """The next token of each request from its row of rows f32[R, V], with its logprobs."""
+    def _verify(
+        self, requests: Sequence[Request], first_rows: Sequence[int], logits: StepLogits
+    ) -> list[Sampled]:
+        """The next tokens of each request, whose rows begin at first_rows: one, and one more for
+        each guess that is what was drawn."""
+        wanted = [
+            first + ahead
+            for request, first in zip(requests, first_rows, strict=True)
+            for ahead in range(1 + len(request.draft_token_ids))
+        ]
+        rows = logits.rows(np.array(wanted))
+        if len(wanted) == len(requests):
+            return self._draw(requests, rows)
+        results = self._draw(requests, rows[_starts(requests)])
+        going_on = [index for index, one in enumerate(results) if _holds(requests[index], one)]
+        while going_on:
+            starts = _starts(requests)
+            again = [requests[index] for index in going_on]
+            here = [starts[index] + len(results[index].token_ids) for index in going_on]
+            drawn = self._draw(again, rows[here], [results[index].token_ids for index in going_on])
+            still = []
+            for index, one in zip(going_on, drawn, strict=True):
+                if one.error is not None:
+                    continue
+                before = results[index]
+                results[index] = Sampled(
+                    [*before.token_ids, *one.token_ids], [*before.logprobs, *one.logprobs]
+                )
+                if _holds(requests[index], results[index]):
+                    still.append(index)
+            going_on = still
+        return results
+
+    def _draw(
+        self,
+        requests: Sequence[Request],
+        rows: Float32Array,
+        ahead: Sequence[Sequence[int]] | None = None,
+    ) -> list[Sampled]:
+        """The next token of each request from its row of rows f32[R, V], with its logprobs.
+
+        ahead: tokens of each that were drawn in this step before this one.
+        """
         slots, positions, errors, changes = [], [], [], []
-        for request in requests:
+        for index, request in enumerate(requests):
             kept = self._kept.get(request) or self._keep(request, rows.shape[1])
             error, change = None, NO_CHANGE
+            before = ahead[index] if ahead is not None else ()
             try:
                 if kept.changes_logits:
-                    change = kept.change(request)
+                    change = kept.change(request, before)
             except _FailedError as problem:
                 error = str(problem)
             slots.append(kept.slot)
-            positions.append(request.num_generated_tokens)
+            positions.append(request.num_generated_tokens + len(before))
             errors.append(error)
             changes.append(change)
         drawn = sample(
@@ -156,6 +220,22 @@ class Sampler:
             np.array(positions, np.int64),
             _edits(changes),
         )
+        judged = [
+            row
+            for row, request in enumerate(requests)
+            if request.draft_probabilities is not None
+            and (0 if ahead is None else len(ahead[row])) < len(request.draft_token_ids)
+            and not request.params.greedy
+            and drawn.tokens[row] >= 0
+        ]
+        if judged:
+            drawn.tokens[judged] = self._judge(
+                [requests[row] for row in judged],
+                rows[judged],
+                np.array([slots[row] for row in judged], np.int64),
+                np.array([positions[row] for row in judged], np.int64),
+                _edits([changes[row] for row in judged]),
+            )
         tokens = drawn.tokens.tolist()
         entries = _token_logprobs(requests, rows, tokens)
         results = []
@@ -167,6 +247,34 @@ class Sampler:
             else:
                 results.append(Sampled(error=error))
         return results
+
+    def _judge(
+        self,
+        requests: Sequence[Request],
+        rows: Float32Array,
+        slots: Int64Array,
+        positions: Int64Array,
+        edits: Edits | None,
+    ) -> Int64Array:
+        """Tokens for rows whose guess was drawn from a known q: the guess g where u q(g) < p(g),
+        else one of max(p - q, 0), or of p where that is nothing.
+
+        Whatever q is, the tokens follow p. A guess that q could not have given (q(g) = 0) stands
+        where p can give it.
+        """
+        ahead = positions - [request.num_generated_tokens for request in requests]
+        guesses = np.array(
+            [one.draft_token_ids[i] for one, i in zip(requests, ahead, strict=True)], np.int64
+        )
+        q = np.stack([one.draft_probabilities[i] for one, i in zip(requests, ahead, strict=True)])
+        p, seeds = distribution(rows, self._settings, slots, edits), self._seeds[slots]
+        u = (uniform_bits(seeds, positions, ACCEPTING) >> np.uint64(11)) * 2.0**-53
+        each = np.arange(len(guesses))
+        refused = ~(u * q[each, guesses] < p[each, guesses])
+        if refused.any():
+            bits = uniform_bits(seeds[refused], positions[refused], REPLACING)
+            guesses[refused] = sample_residual(p[refused], q[refused], bits)
+        return guesses
 
     def _keep(self, request: Request, vocab_size: int) -> _Kept:
         """Give the request a row of the settings, and remember what it changes in its logits."""
@@ -239,21 +347,21 @@ class _Kept:
             or params.token_mask is not None
         )
 
-    def change(self, request: Request) -> _Change:
-        """What the request does to the row of its next token."""
+    def change(self, request: Request, ahead: Sequence[int] = ()) -> _Change:
+        """What the request does to the row of its next token; ahead: as in `Sampler._draw`."""
         add_ids, add_values = list(self._bias), list(self._bias.values())
-        banned = _bad_word_ends(request)
-        if request.num_generated_tokens < request.params.min_tokens:
+        banned = _bad_word_ends(request, ahead)
+        if request.num_generated_tokens + len(ahead) < request.params.min_tokens:
             banned += self._ending
         add_ids += banned
         add_values += [-np.inf] * len(banned)
         mask = self._allowed
         if request.params.token_mask is not None:
-            own = _token_mask(request, self._vocab_size)
+            own = _token_mask(request, ahead, self._vocab_size)
             mask = own if mask is None else own & mask
         if self._seen is None:
             return _Change(mask, add_ids, add_values)
-        self._seen.count(request.token_ids)
+        self._seen.count([*request.token_ids, *ahead] if ahead else request.token_ids)
         return _Change(mask, add_ids, add_values, self._seen.ids, self._seen.counts)
 
 
@@ -261,14 +369,22 @@ class _Seen:
     """The different tokens of a request, and how often each is in its output."""
 
     def __init__(self, request: Request) -> None:
+        self._num_prompt = request.num_prompt_tokens
+        self._begin()
+
+    def _begin(self) -> None:
         self.ids = array("q")
         self.counts = array("q")
         self._index: dict[int, int] = {}
         self._num_counted = 0
-        self._num_prompt = request.num_prompt_tokens
 
     def count(self, token_ids: Sequence[int]) -> None:
-        """Count what has been added to the request's tokens since the last call."""
+        """Count what has been added to the request's tokens since the last call.
+
+        Where they are fewer, a step is sampled again that drew several of them.
+        """
+        if len(token_ids) < self._num_counted:
+            self._begin()
         for position in range(self._num_counted, len(token_ids)):
             token_id = token_ids[position]
             index = self._index.setdefault(token_id, len(self.ids))
@@ -279,11 +395,42 @@ class _Seen:
         self._num_counted = len(token_ids)
 
 
-def _bad_word_ends(request: Request) -> list[int]:
+def _starts(requests: Sequence[Request]) -> NDArray[np.int64]:
+    """Each request's first row, where each has one for itself and one for each guess."""
+    counts = [1 + len(request.draft_token_ids) for request in requests]
+    return np.cumsum([0, *counts[:-1]], dtype=np.int64)
+
+
+def _holds(request: Request, drawn: Sampled) -> bool:
+    """There is a guess for the last token that was drawn, and it is that token."""
+    num_drawn, drafts = len(drawn.token_ids), request.draft_token_ids
+    return 0 < num_drawn <= len(drafts) and drafts[num_drawn - 1] == drawn.token_ids[-1]
+
+
+def _accepted(
+    scheduled: Sequence[Scheduled], tokens: Sequence[int], largest: Float32Array
+) -> list[Sampled]:
+    """`Sampler.sample` from the largest of each row; tokens -1: the row has none."""
+    results, row = [], 0
+    for request, _ in scheduled:
+        drafts, drawn = request.draft_token_ids, [tokens[row]]
+        while len(drawn) <= len(drafts) and drawn[-1] == drafts[len(drawn) - 1]:
+            drawn.append(tokens[row + len(drawn)])
+        if drawn[-1] >= 0:
+            results.append(Sampled(drawn))
+        elif len(drawn) > 1:
+            results.append(Sampled(drawn[:-1]))
+        else:
+            results.append(Sampled(error=_bad_logits(largest[row])))
+        row += 1 + len(drafts)
+    return results
+
+
+def _bad_word_ends(request: Request, ahead: Sequence[int]) -> list[int]:
     """Last tokens of the bad words that the output so far would complete."""
     if not request.bad_words_token_ids:
         return []
-    generated = request.generated_token_ids
+    generated = [*request.generated_token_ids, *ahead]
     ends = []
     for word in request.bad_words_token_ids:
         start = len(generated) - (len(word) - 1)
@@ -311,11 +458,11 @@ def packed(mask: NDArray[Any], vocab_size: int) -> NDArray[np.int32]:
     )
 
 
-def _token_mask(request: Request, vocab_size: int) -> NDArray[np.int32]:
+def _token_mask(request: Request, ahead: Sequence[int], vocab_size: int) -> NDArray[np.int32]:
     """The request's own mask for its next token, packed."""
     mask = request.params.token_mask
     try:
-        given = mask(request.generated_token_ids) if callable(mask) else mask
+        given = mask([*request.generated_token_ids, *ahead]) if callable(mask) else mask
     except Exception as error:
         reason = " ".join(str(error).split())
         raise _FailedError(f"token_mask raised {type(error).__name__}: {reason}") from error

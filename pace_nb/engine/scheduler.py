@@ -7,7 +7,9 @@ A step has `max_num_batched_tokens` to give away:
 
 1. Running requests first. Those that are behind by one token (they decode) come before those that
    are behind by more (they prefill), so a long prompt never makes the others wait for more than one
-   budget. Within each group the first in line is first.
+   budget. Within each group the first in line is first. Guesses that are to be verified
+   (`Request.draft_token_ids`) get what is left when every decoding request has its token, and at
+   most half of it where others wait for it; room in the cache they get where there is some.
 2. What is left goes to waiting requests, in line, while fewer than `max_num_seqs` run and the cache
    has room for all the tokens they have now.
 
@@ -47,7 +49,10 @@ UNIT = 16  # kv_cache.base.UNIT, whose module imports NumPy
 
 
 class Scheduled(NamedTuple):
-    """A request and how many of its tokens this step computes, at least one."""
+    """A request and how many of its tokens this step computes, at least one.
+
+    Where these are all it has, its guesses are computed behind them.
+    """
 
     request: Request
     num_tokens: int
@@ -91,6 +96,9 @@ class Scheduler:
         prefilling: list[Request] = []
         for request in self.running:
             (prefilling if request.num_behind > 1 else decoding).append(request)
+        spare = budget - len(decoding)  # for guesses
+        if prefilling or self.waiting:
+            spare //= 2
         for request in decoding + prefilling:
             if budget > 0 and request.num_behind == 1:
                 num_tokens = 1
@@ -98,9 +106,11 @@ class Scheduler:
                 num_tokens = self._share(request, budget, scheduled)
             # A request that prefills has its room by now. So only the decoding ones may preempt, in
             # the order of the line: their victims are not scheduled yet.
+            del request.draft_token_ids[max(spare, 0) :]
             if num_tokens and self._make_room(request):
                 scheduled.append(Scheduled(request, num_tokens))
-                budget -= num_tokens
+                budget -= num_tokens + len(request.draft_token_ids)
+                spare -= len(request.draft_token_ids)
 
         while self.waiting and len(self.running) < self._max_num_seqs and budget > 0:
             request = self.waiting[0]
@@ -149,7 +159,13 @@ class Scheduler:
         """Room for all tokens of a running request; False where it had to give way itself.
 
         It asks for whole units, which is what caches give, so it seldom asks for more than it has.
+        Nobody gives way to guesses.
         """
+        if request.draft_token_ids:
+            room = -(-(request.num_tokens + len(request.draft_token_ids)) // UNIT) * UNIT
+            if self._cache.allocate(request.request_id, room):
+                return True
+            request.draft_token_ids = []
         room = -(-request.num_tokens // UNIT) * UNIT
         while request.status is RequestStatus.RUNNING:
             if self._cache.allocate(request.request_id, room):
@@ -169,6 +185,7 @@ class Scheduler:
         """Take all the room of a request: nothing of it is computed any more."""
         self._cache.free(request.request_id)
         request.num_computed_tokens = 0
+        request.draft_token_ids = []
         if not request.num_generated_tokens:
             request.num_cached_tokens = 0
 

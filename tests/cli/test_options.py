@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from pace_nb.cli import options as shared
-from pace_nb.config import EngineConfig
+from pace_nb.config import EngineConfig, SpeculativeConfig
 from pace_nb.errors import ConfigError, InvalidRequestError, ModelNotFoundError
 from pace_nb.sampling_params import SamplingParams
 
@@ -192,3 +192,16 @@ def test_engine_flags_reach_their_fields(monkeypatch, flags, kv_cache, block_siz
     assert asked["kv_cache"] == kv_cache
     assert asked["block_size"] == block_size
     assert asked["enable_prefix_caching"] is prefix_caching
+    assert asked["speculative_config"] is None
+
+
+def test_speculation_is_asked_for_in_json(monkeypatch, capsys):
+    asked = {}
+    monkeypatch.setattr("pace_nb.llm.LLM", lambda model, **options: asked.update(options))
+    json = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'
+    shared.open_llm(parse("p", "--speculative-config", json))
+    assert EngineConfig(**asked).speculative_config == SpeculativeConfig("ngram", 3, 4)
+    for text in ("ngram", "[]", '{"method": '):
+        with pytest.raises(SystemExit):
+            parse("p", "--speculative-config", text)
+        assert f"expected a JSON object, got {text!r}" in capsys.readouterr().err

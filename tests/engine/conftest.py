@@ -139,7 +139,9 @@ class Scripted:
     VOCAB_SIZE, POISON, EOS = VOCAB_SIZE, POISON, EOS
 
     @staticmethod
-    def setup(*, num_units=64, max_model_len=512, switch_length=None, **options) -> Setup:
+    def setup(
+        *, num_units=64, max_model_len=512, switch_length=None, drafter=None, **options
+    ) -> Setup:
         model = ScriptedModel(switch_length)
         config = EngineConfig(**options)
         block_size = config.block_size or UNIT
@@ -153,7 +155,7 @@ class Scripted:
                 config.prefix_caching,
             ),
         )
-        engine = Engine(model, cache, config, max_model_len)
+        engine = Engine(model, cache, config, max_model_len, drafter)
         return Setup(engine, model, cache)
 
     @staticmethod
