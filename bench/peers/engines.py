@@ -86,6 +86,8 @@ class Engine:
                 start_new_session=True,
             )
         self.started = start
+        if nice:
+            prefer(self._process.pid, nice)
         try:
             self.facts: dict[str, Any] = self._answer()["facts"]
         except BaseException:
@@ -161,6 +163,16 @@ def machine_cpu_seconds() -> float:
         int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
     )
     return (user + nice + system + irq + softirq + steal) / TICKS
+
+
+def prefer(pid: int, nice: int) -> None:
+    """Give the session of a process its priority, too.
+
+    Where Linux groups processes by session, nice counts within one only (proc_pid_autogroup(5)).
+    """
+    autogroup = Path(f"/proc/{pid}/autogroup")
+    if autogroup.exists():
+        autogroup.write_text(str(nice))
 
 
 def _status_field(pid: int, field: str) -> str:

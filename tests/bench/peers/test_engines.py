@@ -52,6 +52,8 @@ def test_its_priority_is_what_was_asked(tmp_path):
     with Engine("fake", launch, tmp_path / "log", nice=3) as engine:
         here = os.getpriority(os.PRIO_PROCESS, 0)
         assert os.getpriority(os.PRIO_PROCESS, engine._process.pid) == min(here + 3, 19)
+        autogroup = Path(f"/proc/{engine._process.pid}/autogroup")
+        assert not autogroup.exists() or autogroup.read_text().split()[-1] == "3"
 
 
 def test_paused_it_uses_no_cpu(engine):
