@@ -18,21 +18,32 @@ DTYPES = ("auto", "bfloat16", "float32")
 KV_CACHE_KINDS = ("contiguous", "slab", "paged")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 KERNELS = ("numba", "reference")
-SPECULATIVE_METHODS = ("ngram", "prompt_lookup")
+SPECULATIVE_METHODS = ("ngram", "prompt_lookup", "pard")
+DRAFT_SAMPLE_METHODS = ("greedy", "probabilistic")
 MOST_SPECULATIVE_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """How tokens are guessed ahead; names as in vLLM's speculative_config. What comes out is the
-    same with and without, to the bit.
+    """How tokens are guessed ahead; names as in vLLM's speculative_config.
+
+    What comes out is the same with and without, to the bit; with draft_sample_method
+    "probabilistic" sampled tokens are others, of the same distribution.
 
     Attributes:
         method: "ngram", or "prompt_lookup", which is the same: what followed the last tokens
-            earlier, in prompt or output, follows again.
-        num_speculative_tokens: Most tokens that are guessed for a request in a step.
+            earlier, in prompt or output, follows again. "pard": a draft model guesses all tokens in
+            one pass.
+        model: The draft model: local directory or hub name; None is the one that the bundled demo
+            model has.
+        num_speculative_tokens: Most tokens that are guessed for a request in a step; None is 5, for
+            "pard" 12.
         prompt_lookup_max, prompt_lookup_min: How many last tokens must have been there before; the
             most are tried first. One left None is as the other, both are 5.
+        pard_token: The draft's mask token, where its config.json does not name it.
+        draft_sample_method: "greedy": guesses are the draft's likeliest tokens. "probabilistic":
+            for requests that sample, they are drawn from its distribution, which a hot temperature
+            accepts more of.
 
     Raises:
         ConfigError: naming the field, the value and what was expected, in one line.
@@ -42,10 +53,33 @@ class SpeculativeConfig:
     num_speculative_tokens: int | None = None
     prompt_lookup_max: int | None = None
     prompt_lookup_min: int | None = None
+    model: str | Path | None = None
+    pard_token: int | None = None
+    draft_sample_method: str = "greedy"
 
     def __post_init__(self) -> None:
         try:
             _expect_choice("method", self.method, SPECULATIVE_METHODS)
+            _expect_choice("draft_sample_method", self.draft_sample_method, DRAFT_SAMPLE_METHODS)
+            other = ("prompt_lookup_max", "prompt_lookup_min")
+            if self.method != "pard":
+                other = ("model", "pard_token")
+            for name in other:
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name} is {getattr(self, name)!r}, expected None for method "
+                        f"{self.method!r}"
+                    )
+            if self.method != "pard" and self.draft_sample_method != "greedy":
+                raise ConfigError(f"draft_sample_method must be greedy for method {self.method!r}")
+            if self.model is not None and not (
+                isinstance(self.model, str | Path) and str(self.model)
+            ):
+                raise ConfigError(f"model must be a directory or a hub name, got {self.model!r}")
+            if self.pard_token is not None and (
+                not _is_int(self.pard_token) or self.pard_token < 0
+            ):
+                raise ConfigError(f"pard_token must be an int >= 0, got {self.pard_token!r}")
             for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
                 if getattr(self, name) is not None:
                     _expect_positive(name, getattr(self, name))
@@ -88,7 +122,9 @@ class SpeculativeConfig:
     @property
     def num_tokens(self) -> int:
         """`num_speculative_tokens`, decided."""
-        return 5 if self.num_speculative_tokens is None else self.num_speculative_tokens
+        if self.num_speculative_tokens is None:
+            return 12 if self.method == "pard" else 5
+        return self.num_speculative_tokens
 
     @property
     def lookup_max(self) -> int:

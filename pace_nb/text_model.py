@@ -12,18 +12,20 @@ import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pace_nb.config import EngineConfig
 from pace_nb.engine.completion import Completion, Submission
 from pace_nb.engine.engine import Engine
+from pace_nb.engine.pard import ParallelDrafter
 from pace_nb.engine.request import Request
 from pace_nb.errors import ConfigError, InvalidRequestError, ModelFormatError
 from pace_nb.kv_cache import create_cache
+from pace_nb.kv_cache.base import KVCacheConfig
 from pace_nb.kv_cache.budget import cache_budget
 from pace_nb.models import hub
 from pace_nb.models.loader import Checkpoint
-from pace_nb.models.registry import load_model
+from pace_nb.models.registry import Model, load_model
 from pace_nb.outputs import RequestMetrics
 from pace_nb.prompts import PromptInput, PromptReader
 from pace_nb.sampling_params import SamplingParams
@@ -177,12 +179,91 @@ def open_model(config: EngineConfig) -> tuple[TextModel, Engine]:
             )
         max_model_len = config.max_model_len
     stored = loaded.kv_cache_config(config.storage_dtype)
-    budget = cache_budget(config, stored, max_model_len)
-    engine = Engine(loaded, create_cache(stored, budget.cache), config, budget.cache.max_model_len)
+    draft = _open_draft(config, directory, loaded.vocab_size)
+    share = 1.0 if draft is None else _share(stored, draft.stored)
+    budget = cache_budget(config, stored, max_model_len, share)
+    cache, arithmetic = create_cache(stored, budget.cache), budget.arithmetic
+    drafter = None
+    if draft is not None:
+        # Room for the masks as well, and never more than the target's tokens need.
+        second = cache_budget(config, draft.stored, budget.cache.max_model_len, 1 - share)
+        arithmetic += f"; of the draft model, {second.arithmetic}"
+        drafter = ParallelDrafter(
+            draft.model, create_cache(draft.stored, second.cache), config, draft.mask_token_id,
+            loaded.vocab_size,
+        )  # fmt: skip
+    engine = Engine(loaded, cache, config, budget.cache.max_model_len, drafter)
     text = TextModel(
-        config, directory, tokenizer, eos_token_ids, generation_config, budget.arithmetic, engine
+        config, directory, tokenizer, eos_token_ids, generation_config, arithmetic, engine
     )
     return text, engine
+
+
+class _DraftModel(NamedTuple):
+    """A draft model, what it caches, and its mask token."""
+
+    model: Model
+    stored: KVCacheConfig
+    mask_token_id: int
+
+
+def _open_draft(config: EngineConfig, target: Path, vocab_size: int) -> _DraftModel | None:
+    """The draft model that the config asks for, beside a target of so many tokens.
+
+    Raises ConfigError where it has no mask token or another vocabulary.
+    """
+    speculative = config.speculative_config
+    if speculative is None or speculative.method != "pard":
+        return None
+    if speculative.model is not None:
+        directory = hub.resolve(speculative.model)
+    elif target == hub.DEMO_MODEL:
+        directory = hub.DEMO_DRAFT
+    else:
+        raise ConfigError("speculative_config: method 'pard' needs a draft model, model is None")
+    with Checkpoint.open(directory) as checkpoint:
+        model = load_model(checkpoint, config.storage_dtype)
+        mask_token_id = checkpoint.config.get("pard_token", speculative.pard_token)
+    if mask_token_id is None:
+        raise ConfigError(
+            f"speculative_config: {directory}/config.json names no pard_token, the mask token that "
+            "the draft was trained with: give pard_token"
+        )
+    if type(mask_token_id) is not int or not 0 <= mask_token_id < model.vocab_size:
+        raise ConfigError(
+            f"speculative_config: pard_token is {mask_token_id!r}, expected an integer from 0 to "
+            f"{model.vocab_size - 1}, the draft model's vocabulary"
+        )
+    _expect_same_vocabulary(target, vocab_size, directory, model.vocab_size)
+    return _DraftModel(model, model.kv_cache_config(config.storage_dtype), mask_token_id)
+
+
+def _expect_same_vocabulary(target: Path, vocab_size: int, draft: Path, draft_size: int) -> None:
+    """ConfigError where the two do not spell alike.
+
+    Models of one family pad the same vocabulary to different sizes, so where both have a
+    tokenizer, that says it; else the sizes.
+    """
+    both = [one / "tokenizer.json" for one in (target, draft)]
+    if all(file.exists() for file in both):
+        mine, theirs = (Tokenizer.from_directory(one).vocabulary for one in (target, draft))
+        shared = [token for token in mine if token in theirs]
+        differing = next((token for token in shared if mine[token] != theirs[token]), None)
+        if differing is not None or 2 * len(shared) < max(len(mine), len(theirs)):
+            told = f"{len(shared)} tokens of {len(mine)} and {len(theirs)} are the same"
+            if differing is not None:
+                told = f"{differing!r} is {mine[differing]} here and {theirs[differing]} there"
+            raise ConfigError(f"speculative_config: {draft} has another vocabulary: {told}")
+    elif vocab_size != draft_size:
+        raise ConfigError(
+            f"speculative_config: {draft} has a vocabulary of {draft_size} tokens, expected the "
+            f"model's {vocab_size}"
+        )
+
+
+def _share(target: KVCacheConfig, draft: KVCacheConfig) -> float:
+    """Of the memory for both caches the target's, so that they hold equally many tokens."""
+    return target.bytes_per_unit / (target.bytes_per_unit + draft.bytes_per_unit)
 
 
 def _eos_token_ids(checkpoint: Checkpoint, vocab_size: int) -> frozenset[int]:

@@ -144,6 +144,11 @@ class Tokenizer:
             chat_template=ChatTemplate.from_directory(path, tokenizer_config, special),
         )
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token as the backend spells it -> id; those that were added are in it."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def close(self) -> None:
         """End the process that renders chat templates, if one runs."""
         self.chat_template.close()

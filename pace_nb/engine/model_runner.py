@@ -82,7 +82,10 @@ class ModelRunner:
 
     def run(self, scheduled: Sequence[Scheduled]) -> StepLogits:
         """Compute the next tokens of each request, and its guesses; store keys and values."""
-        batch = _batch_of(scheduled)
+        return self.run_batch(_batch_of(scheduled))
+
+    def run_batch(self, batch: Batch) -> StepLogits:
+        """The same for a batch that was made elsewhere."""
         return StepLogits(self, self._hidden(batch), batch)
 
     def logits(self, hidden: Float32Array, rows: NDArray[np.int32]) -> Float32Array:

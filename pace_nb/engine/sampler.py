@@ -61,7 +61,11 @@ if TYPE_CHECKING:
 Float32Array = NDArray[np.float32]
 Int64Array = NDArray[np.int64]
 
-ACCEPTING, REPLACING = 1, 2  # streams of random numbers, see `kernels.sampling.uniform_bits`
+ACCEPTING, REPLACING, GUESSING = (
+    1,
+    2,
+    3,
+)  # streams of random numbers, see `kernels.sampling.uniform_bits`
 PROMPT_ROWS = 64  # rows of prompt logits that exist at the same time: 33 MB of f32 at V = 128k
 
 
@@ -276,6 +280,34 @@ class Sampler:
             guesses[refused] = sample_residual(p[refused], q[refused], bits)
         return guesses
 
+    def draw_guesses(self, request: Request, rows: Float32Array) -> tuple[list[int], Float32Array]:
+        """Guesses for the request's next tokens, one from each of rows f32[K, V] of a draft model,
+        and what each was drawn from, f32[K, V]. Fewer where no token can be taken from a row.
+
+        The rows are changed, filtered and weighed as the target's are; those after the first see
+        the guesses before them.
+        """
+        kept = self._kept.get(request) or self._keep(request, rows.shape[1])
+        kept.forget_counts()  # of guesses that did not hold
+        slots, seeds = np.array([kept.slot], np.int64), self._seeds[[kept.slot]]
+        guesses: list[int] = []
+        probabilities = np.empty_like(rows, order="C")
+        with jit.using(self._kernels):
+            for ahead in range(len(rows)):
+                try:
+                    change = kept.change(request, guesses) if kept.changes_logits else NO_CHANGE
+                except _FailedError:
+                    break
+                row = np.ascontiguousarray(rows[ahead : ahead + 1])
+                q = distribution(row, self._settings, slots, _edits([change]))
+                if not np.isfinite(q[0, 0]):
+                    break
+                position = np.array([request.num_generated_tokens + ahead], np.int64)
+                bits = uniform_bits(seeds, position, GUESSING)
+                guesses.append(int(sample_residual(q, np.zeros_like(q), bits)[0]))
+                probabilities[ahead] = q[0]
+        return guesses, probabilities
+
     def _keep(self, request: Request, vocab_size: int) -> _Kept:
         """Give the request a row of the settings, and remember what it changes in its logits."""
         if not self._free_slots:
@@ -346,6 +378,11 @@ class _Kept:
             or request.bad_words_token_ids
             or params.token_mask is not None
         )
+
+    def forget_counts(self) -> None:
+        """Count the request's tokens anew when they are needed."""
+        if self._seen is not None:
+            self._seen.count(())
 
     def change(self, request: Request, ahead: Sequence[int] = ()) -> _Change:
         """What the request does to the row of its next token; ahead: as in `Sampler._draw`."""

@@ -32,8 +32,12 @@ class Budget(NamedTuple):
     arithmetic: str
 
 
-def cache_budget(config: EngineConfig, model: KVCacheConfig, max_model_len: int) -> Budget:
+def cache_budget(
+    config: EngineConfig, model: KVCacheConfig, max_model_len: int, share: float = 1.0
+) -> Budget:
     """Size of the pool for a model; max_model_len is what the model and the config allow.
+
+    share: of the memory, where another model's cache gets the rest.
 
     Where the config leaves max_model_len open and the pool cannot hold that much, the cache's
     max_model_len is what it can hold. Raises OutOfMemoryError where the pool holds nothing or was
@@ -46,7 +50,7 @@ def cache_budget(config: EngineConfig, model: KVCacheConfig, max_model_len: int)
         raise OutOfMemoryError(
             f"kv_cache_memory_bytes is {asked}, available are {available} bytes of memory"
         )
-    memory = int(available * POOL_SHARE) if asked is None else asked
+    memory = int((available * POOL_SHARE if asked is None else asked) * share)
     block_size = config.block_size or (
         tuned_block_size(model) if config.kv_cache == "slab" else UNIT
     )

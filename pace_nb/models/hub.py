@@ -19,6 +19,7 @@ from typing import Any
 from pace_nb.errors import ModelFormatError, ModelNotFoundError
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo"
+DEMO_DRAFT = DEMO_MODEL / "draft"  # its PARD draft
 
 # What is downloaded. Not the same weights once more in another form: pickled, in folders
 # (original/, onnx/), or as their authors trained them (consolidated.*).

@@ -551,7 +551,13 @@ def test_statistics():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"method": "guess"}, "method must be one of ngram, prompt_lookup"),
+        ({"method": "guess"}, "method must be one of ngram, prompt_lookup, pard, got 'guess'"),
+        ({"method": "ngram", "pard_token": 3}, "pard_token is 3, expected None for method 'ngram'"),
+        ({"method": "pard", "prompt_lookup_max": 3}, "prompt_lookup_max is 3, expected None for"),
+        ({"method": "pard", "pard_token": -1}, "pard_token must be an int >= 0, got -1"),
+        ({"method": "pard", "model": ""}, "model must be a directory or a hub name, got ''"),
+        ({"method": "pard", "draft_sample_method": "hot"}, "draft_sample_method must be one of"),
+        ({"method": "ngram", "draft_sample_method": "probabilistic"}, "must be greedy for method"),
         ({"num_speculative_tokens": 3}, "names no method, expected one of ngram"),
         ({"method": "ngram", "k": 3}, "has no field 'k', expected method, num_speculative_tokens"),
         ({"method": "ngram", "num_speculative_tokens": 0}, "num_speculative_tokens must be an int"),
@@ -571,6 +577,7 @@ def test_configurations_that_are_refused(given, expected):
 def test_defaults_are_those_of_vllm():
     config = SpeculativeConfig.of({"method": "ngram"})
     assert (config.lookup_max, config.lookup_min) == (5, 5)
+    assert (config.num_tokens, SpeculativeConfig.of({"method": "pard"}).num_tokens) == (5, 12)
     config = SpeculativeConfig.of({"method": "ngram", "prompt_lookup_max": 3})
     assert (config.lookup_max, config.lookup_min) == (3, 3)
     config = SpeculativeConfig.of({"method": "ngram", "prompt_lookup_min": 2})
