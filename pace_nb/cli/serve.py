@@ -76,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
          help="names by which the server may be called")  # fmt: skip
     http("--allowed-origins", "--cors-origins", nargs="+", default=[], metavar="ORIGIN",
          help="of web pages elsewhere that may ask ('*': any)")  # fmt: skip
+    http("--webui", action=argparse.BooleanOptionalAction, default=True, help="the web page at /")
     http("--disable-access-log", action="store_true", help="no line for each request")
     http("--metrics-prefix", default="pace_nb", metavar="NAME",
          help="of names at /metrics; vllm for its dashboards (default: %(default)s)")  # fmt: skip
@@ -128,6 +129,7 @@ def run(options: argparse.Namespace) -> int:
         served_model_names=tuple(options.served_model_name or [options.model or DEMO_NAME]),
         data_parallel_size=options.data_parallel_size,
         metrics_prefix=options.metrics_prefix,
+        web_page=options.webui,
         log_requests=not options.disable_access_log,
         limits=Limits(**given),
     )

@@ -28,6 +28,7 @@ from pace_nb.server.generation import (
 )
 from pace_nb.server.guard import Guard
 from pace_nb.server.incoming import read_json_body
+from pace_nb.server.page import PAGE_ROUTES
 from pace_nb.server.service import Service
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -175,14 +176,14 @@ ROUTES = [
     Route("/load", load),
 ]
 _HANDLERS = {
-    path for path in (route.path for route in ROUTES) if "{" not in path
+    path for path in (route.path for route in [*ROUTES, *PAGE_ROUTES]) if "{" not in path
 }  # labels of a metric
 
 
 def create_app(service: Service) -> ASGIApp:
     """The ASGI app of one service, guarded."""
     inner = Starlette(
-        routes=ROUTES,
+        routes=[*ROUTES, *PAGE_ROUTES] if service.settings.web_page else ROUTES,
         exception_handlers={
             HTTPException: _http_error,
             InvalidRequestError: _invalid,

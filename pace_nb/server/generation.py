@@ -41,6 +41,7 @@ from pace_nb.server.service import Service
 
 CHARACTERS_PER_TOKEN: Final = 8  # a prompt of more than so many times the context is not even read
 CHARACTERS_MARGIN: Final = 4096
+PROGRESS_SECONDS: Final = 1.0  # between two looks at how far a prompt is
 
 
 @dataclass(frozen=True)
@@ -281,12 +282,18 @@ async def _events(
     """The bytes of a stream; ends with `[DONE]`, whatever happens."""
     mailbox = exchange.mailbox
     interval = exchange.keep_alive_interval
+    look = min(interval, PROGRESS_SECONDS)
+    silent, told = 0.0, ""
     try:
         while not mailbox.finished:
-            news = await mailbox.get(interval)
+            news = await mailbox.get(look)
             if not news:
-                yield comment(_progress(mailbox))
+                silent += look
+                if silent >= interval or (mailbox.progress and _progress(mailbox) != told):
+                    silent, told = 0.0, _progress(mailbox)
+                    yield comment(told)
                 continue
+            silent = 0.0
             chunks = [chunk for index, output in news for chunk in answer.chunks(index, output)]
             if chunks:
                 yield b"".join(map(event, chunks))

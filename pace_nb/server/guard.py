@@ -3,8 +3,9 @@
 Knows HTTP headers. Does not know what routes do. Everything is refused that is not let through:
 
 - a key, in `Authorization: Bearer`, for every path that is not in OPEN_PATHS, whether it exists or
-  not. The path is the one that routing looks at (CVE-2026-48746), and digests are compared, all of
-  them, in constant time (CVE-2025-59425);
+  not; the web page's files may be read without one (docs/adr/0016). The path is the one that
+  routing looks at (CVE-2026-48746), and digests are compared, all of them, in constant time
+  (CVE-2025-59425);
 - `Host` must be one of ours where only this machine can connect: a page whose name was pointed at
   127.0.0.1 says its own (DNS rebinding, CVE-2024-28224);
 - `Origin`, which browsers add, must be ours or allowed, and a POST must be application/json, which
@@ -30,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pace_nb.errors import ApiError
 from pace_nb.server.answers import error_response
+from pace_nb.server.page import PAGE_PATHS
 from pace_nb.server.settings import Settings
 
 _log = logging.getLogger("pace_nb.server.requests")
@@ -117,7 +119,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and not self._is_allowed(origin.lower(), host):
             return ApiError("this Origin may not ask here; see --allowed-origins", status=403)
-        if self._keys and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
+        if self._keys and not self._is_open(scope) and not self._has_key(headers):
             return ApiError("a valid API key is needed: Authorization: Bearer KEY", status=401)
         if scope["method"] in ("POST", "PUT", "PATCH"):
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -127,6 +129,11 @@ class Guard:
         if encoding != "identity":
             return ApiError("Content-Encoding is not supported", status=415)
         return None
+
+    def _is_open(self, scope: Scope) -> bool:
+        path = scope["path"]
+        reads_page = self._settings.web_page and scope["method"] in ("GET", "HEAD")
+        return path in OPEN_PATHS or (reads_page and path in PAGE_PATHS)
 
     def _has_key(self, headers: Headers) -> bool:
         scheme, given = _credentials(headers)

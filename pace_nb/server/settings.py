@@ -30,6 +30,7 @@ class Settings:
         served_model_names: What the model is called; the first is told.
         data_parallel_size: Engines.
         metrics_prefix: Of the metrics' names; "vllm" for dashboards that were made for it.
+        web_page: Serve the page at /, whose files need no key.
         log_requests: A line for each request: method, path, status, time; never its text.
         limits: How much of everything.
     """
@@ -44,6 +45,7 @@ class Settings:
     served_model_names: tuple[str, ...] = ("pace-nb-demo",)
     data_parallel_size: int = 1
     metrics_prefix: str = "pace_nb"
+    web_page: bool = True
     log_requests: bool = True
     limits: Limits = field(default_factory=Limits)
 

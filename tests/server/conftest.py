@@ -23,6 +23,9 @@ TIGHT = """
     --sse-ping-interval 0.05 --limit-concurrency 40 --served-model-name tight other
     --api-key secret --api-key other-secret
 """
+SLOW = """
+    --kernels reference --max-num-seqs 4 --max-num-batched-tokens 16 --sse-ping-interval 0.05
+"""
 
 
 class Reply:
@@ -250,6 +253,22 @@ def tight(_tight):
     """A server with keys, one sequence at a time, and every limit low; idle after each test."""
     yield _tight
     _tight.idle()
+
+
+@pytest.fixture(scope="session")
+def _slow(tmp_path_factory):
+    made = Server(tmp_path_factory.mktemp("slow") / "log", *SLOW.split())
+    try:
+        yield made.ready()
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def slow(_slow):
+    """A server whose answers take seconds: reference kernels, prompts in pieces of 16 tokens."""
+    yield _slow
+    _slow.idle(50)
 
 
 @pytest.fixture

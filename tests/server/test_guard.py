@@ -9,6 +9,7 @@ import logging
 import pytest
 
 from pace_nb.server.guard import Guard
+from pace_nb.server.page import PAGE_PATHS
 from pace_nb.server.settings import Settings
 
 JSON = (b"content-type", b"application/json")
@@ -87,7 +88,8 @@ def test_R13_clients_are_told_apart_by_key_or_else_by_address():
 
 PATHS = [
     "/v1/models", "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize",
-    "/tokenizer_info", "/metrics", "/version", "/load", "/", "/docs", "/nope",
+    "/tokenizer_info", "/metrics", "/version", "/load", "/docs", "/nope", "//", "/static",
+    "/static/", "/static/../v1/models", "/static/page.css/", "/static/%2e%2e/guard.py",
     "/V1/models", "//v1/models", "/v1//models", "/v1/models/", "/v1/../v1/models",
     "/health/../v1/models", "/health/", "/HEALTH", "/health/live/x", "/health;x", "/health%2f",
 ]  # fmt: skip
@@ -110,6 +112,16 @@ def test_S32_without_a_key_nothing_is_reached(method):
 def test_S32_health_needs_no_key():
     for path in ("/health", "/health/live", "/health/ready", "/ping"):
         assert ask(KEYS, path=path)[0] == 200
+
+
+def test_S32_the_pages_files_may_be_read_without_a_key_and_nothing_else():
+    """docs/adr/0016"""
+    off = Settings(api_keys=("k",), web_page=False)
+    for path in PAGE_PATHS:
+        for method, status in [("GET", 200), ("HEAD", 200), ("POST", 401), ("OPTIONS", 401)]:
+            assert ask(KEYS, JSON, path=path, method=method)[0] == status
+            assert ask(off, JSON, path=path, method=method)[0] == 401
+    assert ask(Settings(api_keys=("k",)), (b"host", b"evil.com"), path="/")[0] == 403
 
 
 def test_S32_websockets_are_closed():
