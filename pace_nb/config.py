@@ -44,6 +44,9 @@ class SpeculativeConfig:
         draft_sample_method: "greedy": guesses are the draft's likeliest tokens. "probabilistic":
             for requests that sample, they are drawn from its distribution, which a hot temperature
             accepts more of.
+        adaptive: As many guesses as pay, up to num_speculative_tokens, by measured acceptance and
+            cost; none where many requests run. False is always num_speculative_tokens. None is
+            True, but for "probabilistic", whose tokens would hang on time.
 
     Raises:
         ConfigError: naming the field, the value and what was expected, in one line.
@@ -56,6 +59,7 @@ class SpeculativeConfig:
     model: str | Path | None = None
     pard_token: int | None = None
     draft_sample_method: str = "greedy"
+    adaptive: bool | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -72,6 +76,13 @@ class SpeculativeConfig:
                     )
             if self.method != "pard" and self.draft_sample_method != "greedy":
                 raise ConfigError(f"draft_sample_method must be greedy for method {self.method!r}")
+            if not isinstance(self.adaptive, bool | None):
+                raise ConfigError(f"adaptive must be a bool or None, got {self.adaptive!r}")
+            if self.adaptive and self.draft_sample_method != "greedy":
+                raise ConfigError(
+                    "adaptive is True, expected False or None for draft_sample_method "
+                    f"{self.draft_sample_method!r}: tokens would hang on how long steps take"
+                )
             if self.model is not None and not (
                 isinstance(self.model, str | Path) and str(self.model)
             ):
@@ -125,6 +136,11 @@ class SpeculativeConfig:
         if self.num_speculative_tokens is None:
             return 12 if self.method == "pard" else 5
         return self.num_speculative_tokens
+
+    @property
+    def is_adaptive(self) -> bool:
+        """`adaptive`, decided."""
+        return self.draft_sample_method == "greedy" if self.adaptive is None else self.adaptive
 
     @property
     def lookup_max(self) -> int:

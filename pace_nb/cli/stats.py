@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pace_nb.errors import PaceError
 
 if TYPE_CHECKING:
+    from pace_nb.engine.speculative import SpeculativeStats
     from pace_nb.llm import LLM
     from pace_nb.outputs import CompletionOutput, RequestOutput
 
@@ -151,7 +152,20 @@ def read_rate(weight_bytes: int) -> float | None:
 def report_of(llm: LLM, watch: Stopwatch) -> str:
     """`report` for a model, after measuring the read rate."""
     weight_bytes = model_weight_bytes(llm)
-    return report(watch, weight_bytes, read_rate(weight_bytes))
+    told = report(watch, weight_bytes, read_rate(weight_bytes))
+    speculative = llm.get_speculative_stats()
+    return told if speculative is None else told + speculation(speculative)
+
+
+def speculation(stats: SpeculativeStats) -> str:
+    """What guesses were worth, on one line; since the model was opened."""
+    rates = " ".join(f"{rate:.2f}" for rate in stats.acceptance_rate_per_pos)
+    return (
+        f"{'guesses':<9} mean acceptance length {stats.mean_acceptance_length:.2f}, "
+        f"{stats.num_accepted_tokens} of {stats.num_draft_tokens} accepted "
+        f"({stats.acceptance_rate:.0%}) in {stats.num_drafts} drafts, by position {rates}; off for "
+        f"{stats.num_steps_off} steps\n"
+    )
 
 
 def report(watch: Stopwatch, weight_bytes: int, read_rate: float | None) -> str:

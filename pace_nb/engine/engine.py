@@ -103,9 +103,13 @@ class Engine:
         )
         if not scheduled:
             return self._end_stall()
+        begun = time.perf_counter()
         try:
             logits = self._runner.run(scheduled)
             sampled = self._sampler.sample(scheduled, logits)
+            if self._speculation is not None:
+                requests = [request for request, _ in scheduled]
+                self._speculation.ran(requests, time.perf_counter() - begun)
         except Exception:
             sampled = self._one_by_one(scheduled)
         return self._update(scheduled, sampled)

@@ -27,11 +27,13 @@ Source: Leviathan et al. 2023, arXiv:2211.17192; Saxena 2023, prompt lookup deco
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from pace_nb.config import SpeculativeConfig
+from pace_nb.engine.draft_lengths import DraftLengths
 from pace_nb.engine.request import Request
 
 _log = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ class SpeculativeStats:
     num_drafts: how often a request's step held guesses.
     num_draft_tokens, num_accepted_tokens: guesses, and those that were right and kept.
     num_accepted_tokens_per_pos: of the first, second, ... guess, how many were accepted.
+    num_steps_off: steps in which somebody could have had guesses and nobody got any, because they
+        would not have paid (draft_lengths.py).
     """
 
     num_spec_tokens: int
@@ -72,6 +76,7 @@ class SpeculativeStats:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    num_steps_off: int = 0
 
     def __post_init__(self) -> None:
         self.num_accepted_tokens_per_pos = [0] * self.num_spec_tokens
@@ -169,6 +174,7 @@ class Speculation:
         self._drafter = drafter
         self._config = config
         self._switch_length = switch_length
+        self._lengths = DraftLengths() if config.is_adaptive else None
         self.stats = SpeculativeStats(config.num_tokens)
 
     def draft(self, running: Sequence[Request]) -> None:
@@ -177,10 +183,14 @@ class Speculation:
             request.draft_token_ids, request.draft_probabilities = [], None
         decoding = [one for one in running if one.num_behind == 1 and one.num_generated_tokens]
         limits = [self._limit(request) for request in decoding]
+        if self._lengths is not None and any(limits):
+            limits = self._lengths.choose(decoding, limits)
+            self.stats.num_steps_off += not any(limits)
         wanted = [pair for pair in zip(decoding, limits, strict=True) if pair[1] > 0]
         if not wanted:
             return
         requests, limits = [request for request, _ in wanted], [limit for _, limit in wanted]
+        begun = time.perf_counter()
         try:
             drafts = self._drafter.propose(requests, limits)
             for request, limit, draft in zip(requests, limits, drafts, strict=True):
@@ -190,14 +200,27 @@ class Speculation:
             _log.warning("no drafts for %d requests", len(requests), exc_info=True)
             for request in requests:
                 request.draft_token_ids, request.draft_probabilities = [], None
+        if self._lengths is not None and all(request.draft_token_ids for request in requests):
+            rows = sum(limits) + len(requests)
+            self._lengths.draft.observe(rows, time.perf_counter() - begun)
+
+    def ran(self, requests: Sequence[Request], seconds: float) -> None:
+        """A step computed these requests, and their guesses, in so many seconds."""
+        if self._lengths is not None and all(one.num_behind == 1 for one in requests):
+            rows = sum([1 + len(request.draft_token_ids) for request in requests])
+            self._lengths.target.observe(rows, seconds)
 
     def verified(self, request: Request, num_accepted: int) -> None:
         """Of the request's guesses the first `num_accepted` were right and kept."""
         self.stats.observe(len(request.draft_token_ids), num_accepted)
+        if self._lengths is not None:
+            self._lengths.verified(request, len(request.draft_token_ids), num_accepted)
 
     def forget(self, request: Request) -> None:
         """The request has ended."""
         self._drafter.forget(request)
+        if self._lengths is not None:
+            self._lengths.forget(request)
 
     def _limit(self, request: Request) -> int:
         """Most guesses: the step gives one token more, and none may be for nothing."""

@@ -89,3 +89,17 @@ def test_nothing_is_made_up_where_nothing_was_measured():
     assert "roofline  not measured" in show(watch(), read_rate=None)
     assert "too few for a rate" in show(watch(num_tokens=1))
     assert "no token was generated" in show(Stopwatch())
+
+
+def test_what_guesses_were_worth():
+    from pace_nb.cli.stats import speculation
+    from pace_nb.engine.speculative import SpeculativeStats
+
+    told = SpeculativeStats(2)
+    told.observe(2, 2)
+    told.observe(2, 1)
+    told.num_steps_off = 3
+    assert speculation(told) == (
+        "guesses   mean acceptance length 2.50, 3 of 4 accepted (75%) in 2 drafts, by position "
+        "1.00 0.50; off for 3 steps\n"
+    )

@@ -51,7 +51,7 @@ def expected():
 @pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache["kv_cache"])
 @pytest.mark.parametrize(("method", "num_tokens"), [(LOOKUP, 20), (OWN, 9)])
 def test_the_same_is_said(expected, cache, method, num_tokens):
-    speculative = {**method, "num_speculative_tokens": num_tokens}
+    speculative = {**method, "num_speculative_tokens": num_tokens, "adaptive": False}
     found, stats = said(**cache, speculative_config=speculative)
     assert found == expected
     assert stats.num_accepted_tokens > 0

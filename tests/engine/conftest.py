@@ -143,6 +143,8 @@ class Scripted:
         *, num_units=64, max_model_len=512, switch_length=None, drafter=None, **options
     ) -> Setup:
         model = ScriptedModel(switch_length)
+        if "speculative_config" in options:  # what is adaptive hangs on time
+            options["speculative_config"] = {"adaptive": False, **options["speculative_config"]}
         config = EngineConfig(**options)
         block_size = config.block_size or UNIT
         cache = create_cache(

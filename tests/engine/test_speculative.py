@@ -493,6 +493,25 @@ def test_a_guess_is_judged_by_p_and_q(scripted):
     assert found == pytest.approx(p, abs=0.1)
 
 
+# ---- how many ----
+
+
+def test_guesses_that_cost_too_much_are_turned_off_and_counted(scripted):
+    """Nothing that is guessed holds, and each row costs as much as a step."""
+    drafter = Foreseeing({"0": [1] * 200}, 0.0)
+    speculative = {"method": "ngram", "num_speculative_tokens": 8, "adaptive": True}
+    setup = scripted.setup(speculative_config=speculative, drafter=drafter)
+    lengths = setup.engine._speculation._lengths
+    for rows in (1, 1, 1, 5, 9):
+        lengths.target.observe(rows, float(rows))
+    lengths.target.observe = lambda rows, seconds: None
+    request = scripted.request("0", [1], max_tokens=60, ignore_eos=True, allowed_token_ids=[5, 6])
+    setup.run(request)
+    assert request.num_generated_tokens == 60
+    assert setup.engine.speculative_stats.num_steps_off >= 50
+    assert len(drafter.told) < 8
+
+
 # ---- prompt lookup ----
 
 
@@ -554,6 +573,11 @@ def test_statistics():
         ({"method": "guess"}, "method must be one of ngram, prompt_lookup, pard, got 'guess'"),
         ({"method": "ngram", "pard_token": 3}, "pard_token is 3, expected None for method 'ngram'"),
         ({"method": "pard", "prompt_lookup_max": 3}, "prompt_lookup_max is 3, expected None for"),
+        ({"method": "pard", "adaptive": 1}, "adaptive must be a bool or None, got 1"),
+        (
+            {"method": "pard", "adaptive": True, "draft_sample_method": "probabilistic"},
+            "adaptive is True, expected False or None for draft_sample_method 'probabilistic'",
+        ),
         ({"method": "pard", "pard_token": -1}, "pard_token must be an int >= 0, got -1"),
         ({"method": "pard", "model": ""}, "model must be a directory or a hub name, got ''"),
         ({"method": "pard", "draft_sample_method": "hot"}, "draft_sample_method must be one of"),
