@@ -21,6 +21,8 @@ from stories import story
 
 from pace_nb import LLM, SamplingParams
 
+TRAINING_SEEDS, TRAINING_PROMPTS = range(2, 6), 1200  # of pace_nb/demo/draft
+
 
 def beginnings(seed: int) -> Iterator[str]:
     """Rendered prompts, endlessly: 5 in 10 the first words of a story, 4 a request for a story, 1
@@ -42,6 +44,19 @@ def beginnings(seed: int) -> Iterator[str]:
             yield render(messages[: last + 1]) + ROLES["assistant"]
 
 
+def trained_on() -> set[str]:
+    """The beginnings that the bundled draft has learned from."""
+    return {text for seed in TRAINING_SEEDS for text in distinct(seed, TRAINING_PROMPTS)}
+
+
+def distinct(seed: int, num: int) -> list[str]:
+    """The first `num` different beginnings of a seed."""
+    drawn, texts = beginnings(seed), dict[str, None]()
+    while len(texts) < num:
+        texts[next(drawn)] = None
+    return list(texts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     option = parser.add_argument
@@ -50,9 +65,7 @@ def main() -> None:
     option("--max-tokens", type=int, default=160)
     option("--out", type=Path, default=Path("build/said.npz"))
     arguments = parser.parse_args()
-    drawn, texts = beginnings(arguments.seed), {}
-    while len(texts) < arguments.prompts:  # no prompt twice
-        texts[next(drawn)] = None
+    texts = distinct(arguments.seed, arguments.prompts)
     with LLM(max_model_len=512) as llm:
         prompts = [llm.get_tokenizer().encode(text, add_special_tokens=False) for text in texts]
         prompts = [prompt for prompt in prompts if len(prompt) <= 320]

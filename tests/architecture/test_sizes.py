@@ -23,6 +23,11 @@ def test_the_bundled_model(repository):
     assert not (large := too_large(weights, 6 * MB)), "\n".join(large)
 
 
+def test_the_bundled_draft(repository):
+    weights = repository / "pace_nb" / "demo" / "draft" / "model.safetensors"
+    assert not (large := too_large([weights], 2 * MB)), "\n".join(large)
+
+
 def test_notebooks(repository):
     notebooks = sorted((repository / "notebooks").glob("*.ipynb"))
     assert not (large := too_large(notebooks, 2 * MB)), "\n".join(large)

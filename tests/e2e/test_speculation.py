@@ -59,6 +59,25 @@ def test_the_same_is_said(expected, cache, method, num_tokens):
         assert stats.acceptance_rate_per_pos[0] > 0.6  # 1 where the request is greedy
 
 
+def test_the_bundled_draft():
+    """Beginnings of stories as a person might write them, which are harder to guess after than
+    those of the corpus; notebooks/demo_model/README.md has the figures of both."""
+    openings = [
+        "Once upon a time there was a small owl named Pippa who lived near a pond.",
+        "One day a brave mouse found a yellow hat under the old tree.",
+        "Ben had a green boat. He wanted to",
+    ]
+    params = SamplingParams(temperature=0, max_tokens=80)
+    answers = []
+    speculative = {"method": "pard", "num_speculative_tokens": 8, "adaptive": False}
+    for given in (None, speculative):
+        with LLM(max_model_len=256, kv_cache_memory_bytes=1 << 25, speculative_config=given) as llm:
+            answers.append([one.outputs[0] for one in llm.generate(openings, params, False)])
+            stats = llm.get_speculative_stats()
+    assert answers[0] == answers[1]
+    assert stats.mean_acceptance_length >= 2.5
+
+
 def test_one_at_a_time(expected):
     speculative = {**LOOKUP, "num_speculative_tokens": 5}
     assert said(max_num_seqs=1, speculative_config=speculative)[0] == expected
