@@ -54,7 +54,7 @@ from pace_nb.kernels.attention_plan import (
     planned_ref,
 )
 from pace_nb.kernels.attention_rows import (
-    KEY_BLOCK,
+    WORDS,
     WORK,
     attend_split,
     batch_attention_ref,
@@ -167,7 +167,7 @@ def _attend_kernel(
                                 sizes[CHUNK],
                                 scale,
                                 split,
-                                words[w * 2 * KEY_BLOCK : (w + 1) * 2 * KEY_BLOCK],
+                                words[w * WORDS : (w + 1) * WORDS],
                                 work[w * WORK : w * WORK + WORK],
                                 p,
                                 top,

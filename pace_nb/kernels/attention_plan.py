@@ -16,7 +16,15 @@ import numpy as np
 
 from pace_nb.kernels import jit
 from pace_nb.kernels.arrays import STORAGE, Array, ascends, in_range, require, writable
-from pace_nb.kernels.attention_rows import KEY_BLOCK, MR, ROWS, SPLIT, WORK, batch_attention_ref
+from pace_nb.kernels.attention_rows import (
+    KEY_BLOCK,
+    MR,
+    ROWS,
+    SPLIT,
+    WORDS,
+    WORK,
+    batch_attention_ref,
+)
 from pace_nb.kernels.kv_write import UNIT, KVPool
 
 # Places in `Plan.sizes`, the numbers that both kernels take as one array.
@@ -45,7 +53,7 @@ class Plan(NamedTuple):
     values: Array  # o
     storage: Array  # scratch in `dtype`: query rows and weights of each worker
     work: Array  # scratch f32 [workers, WORK]
-    words: Array  # scratch int64 [workers, 2 * KEY_BLOCK]
+    words: Array  # scratch int64 [workers, WORDS]
 
 
 def plan(
@@ -141,7 +149,7 @@ def plan(
         np.empty(kept * padded, np.float32),
         np.empty(workers * (rows * d + MR * KEY_BLOCK), pool.k.dtype),
         np.empty(workers * max(WORK, 16 + padded), np.float32),
-        np.empty(workers * 2 * KEY_BLOCK, np.int64),
+        np.empty(workers * WORDS, np.int64),
     )
 
 

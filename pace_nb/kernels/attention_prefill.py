@@ -55,8 +55,8 @@ from pace_nb.kernels.attention_plan import (
     planned_ref,
 )
 from pace_nb.kernels.attention_rows import (
-    KEY_BLOCK,
     SPLIT,
+    WORDS,
     WORK,
     attend_split,
     batch_attention_ref,
@@ -174,7 +174,7 @@ def _attend_kernel(
                                 chunk,
                                 scale,
                                 split,
-                                words[w * 2 * KEY_BLOCK : (w + 1) * 2 * KEY_BLOCK],
+                                words[w * WORDS : (w + 1) * WORDS],
                                 work[w * WORK : w * WORK + WORK],
                                 p,
                                 split_top,

@@ -19,10 +19,10 @@ beside it, on chunking, on where the cache put its units, on threads.
 
 How: scores of 64 keys are a tile of up to 6 rows by 4 vectors, one vector per unit, in D / S steps;
 values are a tile of up to 6 rows by 64 columns, in one step per pair of keys. A block of keys that
-all rows see whole takes tiles of any rows. Of a block that some row sees in part, a tile takes rows
-of one token, which see the same keys: it multiplies the pairs it sees, and a lone key, whose
-partner in its pair is hidden, is added after them. No hidden value is ever multiplied, be it a NaN,
-and the order of a row's additions depends on its own keys alone.
+all rows see whole takes whole tiles. Of a block that some row sees in part, a tile multiplies the
+pairs that all its rows see, and each row by itself the pairs that it sees beyond them; a lone key,
+whose partner in its pair is hidden, is added after them. No hidden value is ever multiplied, be it
+a NaN, and the order of a row's additions depends on its own keys alone.
 Error: with w = softmax weights and e = (D + 2) 2^-24 scale max |q|.|k|, a score's error, in f32:
     |out - exact| <= w.|v| (4 e + (min(S, SPLIT) + S/8 + 64) 2^-24). BF16 adds 2^-8 w.|v|, as the
     weights are rounded for the second product (their sum is not), and 2^-8 |out|.
@@ -82,6 +82,8 @@ FLOOR = -3.4028234663852886e38  # m before any key: finite, as -inf - -inf is Na
 
 # Scratch of a thread, float32: scores [6, 64], then for 6 rows (padded to 16) m, sum of p, alpha.
 NEW, SUM, ALPHA, WORK = 384, 400, 416, 432
+# And int64: where the words of this block and of the next begin, then the spans of 6 rows.
+WORDS = 2 * KEY_BLOCK + 2 * MR
 
 
 # ---- definitions ---------------------------------------------------------------------------------
@@ -170,17 +172,17 @@ def _value_tile(nv, mr):
     """The device function for `mr` rows and 16 `nv` columns of the values."""
 
     @jit.device_fn
-    def add_values(p, v, dp, column, words, first, end, work, values, o0):
-        # values [mr, Dp] at o0 = alpha values + p [mr, 64] V, over words first .. end of the block
-        # (a word is S keys of one column); the words of all columns [Dp, S] begin at words[x],
-        # those of the next block at words[64 + x].
+    def add_values(p, p0, v, dp, column, words, first, end, work, values, o0):
+        # values [mr, Dp] at o0 = alpha values + p [mr, 64] at p0 V, over words first .. end of the
+        # block (a word is S keys of one column); the words of all columns [Dp, S] begin at
+        # words[x], those of the next block at words[64 + x].
         s = per_word(v)
         acc = tile_scale_rows(tile_load(mr, nv, values, o0 + column, dp), work, ALPHA)
         for x in range(first, end):
             ahead = words[KEY_BLOCK + x] + column * s
             for i in range(nv):
                 prefetch(v, ahead + 16 * i * s)
-            acc = tile_dot(acc, p, x * s, KEY_BLOCK, v, words[x] + column * s, 16 * s)
+            acc = tile_dot(acc, p, p0 + x * s, KEY_BLOCK, v, words[x] + column * s, 16 * s)
         tile_store(acc, values, o0 + column, dp)
 
     return add_values
@@ -209,12 +211,14 @@ _add_64_columns, _add_16_columns = (_by_rows(partial(_value_tile, nv)) for nv in
 
 
 @jit.device_fn
-def _hide(mr, first, end, scale, work):
-    """Scores [mr, 64], scaled; outside keys first .. end -inf, so that their weights are 0."""
+def _hide(mr, spans, scale, work):
+    """Scores [mr, 64], scaled; outside a row's keys first .. end -inf: their weights become 0."""
     hidden, factor = splat(-np.inf), splat(scale)
-    for i in range(0, mr * KEY_BLOCK, 16):
-        key = i % KEY_BLOCK
-        store(work, i, keep_lanes(load(work, i) * factor, first - key, end - key, hidden))
+    for i in range(mr):
+        first, end = spans[2 * i], spans[2 * i + 1]
+        for key in range(0, KEY_BLOCK, 16):
+            at = i * KEY_BLOCK + key
+            store(work, at, keep_lanes(load(work, at) * factor, first - key, end - key, hidden))
 
 
 @jit.device_fn
@@ -249,30 +253,73 @@ def _softmax_rows(mr, scale, work, p, top, total, r):
 
 
 @jit.device_fn
-def _add_values(mr, p, v, dp, words, first, end, work, values, o0):
+def _add_values(mr, p, p0, v, dp, words, first, end, work, values, o0):
     """All columns of the values: groups of 64, then of 16, as 6 rows of 16 keep the units busy."""
     whole = dp // 64 * 64
     for c in range(0, whole, 64):
-        _add_64_columns(mr, p, v, dp, c, words, first, end, work, values, o0)
+        _add_64_columns(mr, p, p0, v, dp, c, words, first, end, work, values, o0)
     for c in range(whole, dp, 16):
-        _add_16_columns(mr, p, v, dp, c, words, first, end, work, values, o0)
+        _add_16_columns(mr, p, p0, v, dp, c, words, first, end, work, values, o0)
 
 
 @jit.device_fn
-def _add_lone_value(mr, p, key, v, dp, words, values, o0):
-    """values [mr, Dp] at o0 += p [mr] of `key` times its value; its pair's other key is hidden.
+def _scale_values(mr, work, values, o0, dp):
+    """values [mr, Dp] at o0 times alpha, which is 1 from then on."""
+    for i in range(mr):
+        alpha = splat(work[ALPHA + i])
+        for at in range(o0 + i * dp, o0 + (i + 1) * dp, 16):
+            store(values, at, load(values, at) * alpha)
+        work[ALPHA + i] = 1.0
+
+
+@jit.device_fn
+def _add_lone_value(p, p0, key, v, dp, words, values, o0):
+    """values [Dp] at o0 += p[p0 + key] times the value of `key`; its pair's other key is hidden.
 
     A product of two BF16 is exact in f32, so fma rounds as the dot product does.
     """
     s = per_word(v)
     v0 = words[key // s]
+    weight = splat(reduce_add(load_tail(p, p0 + key, 1)))
     for c in range(0, dp, 16):
         first, second = first_of_words(v, v0 + c * s), second_of_words(v, v0 + c * s)
         value = second if key % 2 else first
-        for i in range(mr):
-            weight = splat(reduce_add(load_tail(p, i * KEY_BLOCK + key, 1)))
-            at = o0 + i * dp + c
-            store(values, at, fma(weight, value, load(values, at)))
+        store(values, o0 + c, fma(weight, value, load(values, o0 + c)))
+
+
+@jit.device_fn
+def _add_before(mr, p, v, dp, words, spans, work, values, o0):
+    """The values that only some rows see, before words begin .. stop that all see; returns these.
+
+    Row i sees keys spans[2 i] .. spans[2 i + 1].
+    """
+    s = per_word(v)
+    begin, stop = 0, KEY_BLOCK // s
+    for i in range(mr):
+        begin = max(begin, (spans[2 * i] + s - 1) // s)
+        stop = min(stop, spans[2 * i + 1] // s)
+    _scale_values(mr, work, values, o0, dp)
+    for i in range(mr):
+        first, end = (spans[2 * i] + s - 1) // s, min(begin, spans[2 * i + 1] // s)
+        if first < end:
+            at = o0 + i * dp
+            _add_values(1, p, i * KEY_BLOCK, v, dp, words, first, end, work, values, at)
+    return begin, max(begin, stop)
+
+
+@jit.device_fn
+def _add_after(mr, stop, p, v, dp, words, spans, work, values, o0):
+    """The values that only some rows see, from word `stop`, then each row's lone keys."""
+    s = per_word(v)
+    for i in range(mr):
+        key, end, at = spans[2 * i], spans[2 * i + 1], o0 + i * dp
+        first = max(stop, (key + s - 1) // s)
+        if first < end // s:
+            _add_values(1, p, i * KEY_BLOCK, v, dp, words, first, end // s, work, values, at)
+        if key % s and key < end:
+            _add_lone_value(p, i * KEY_BLOCK, key, v, dp, words, values, at)
+        if end % s and key < end:
+            _add_lone_value(p, i * KEY_BLOCK, end - 1, v, dp, words, values, at)
 
 
 # ---- the rows of a task against one split --------------------------------------------------------
@@ -333,6 +380,19 @@ def _locate(head, table, t0, units_per_block, block, near, far, d, dp, s, words,
 
 
 @jit.device_fn
+def _find_spans(mr, r, group, position, block, window, chunk, spans):
+    """Keys first .. end of the block that rows r .. r + mr see, into spans; does any see one?"""
+    some = False
+    for i in range(mr):
+        at = position + (r + i) // group
+        first = max(first_key(at, window, chunk) - block, 0)
+        end = min(at + 1 - block, KEY_BLOCK)
+        some = some or first < end
+        spans[2 * i], spans[2 * i + 1] = (first, end) if first < end else (0, 0)
+    return some
+
+
+@jit.device_fn
 def attend_split(
     q,
     k,
@@ -361,7 +421,7 @@ def attend_split(
     """m, l, o of q [tokens * group, D] over the keys of split number `split`, into rows r0 ...
 
     The first token is at `position`; `head` is the pool's first unit of the key/value head; words
-    [2 * 64] int64, p [6 * 64] in storage dtype and work [WORK] f32 are scratch.
+    [WORDS] int64, p [6 * 64] in storage dtype and work [WORK] f32 are scratch.
     """
     s = per_word(v)
     clear_rows(top, total, values, r0, tokens * group, dp)
@@ -369,6 +429,7 @@ def attend_split(
     high = min(position + tokens, split * SPLIT + SPLIT)
     if low >= high:
         return
+    spans = words[2 * KEY_BLOCK :]
     near, far, start = low // 16, (high - 1) // 16, low // KEY_BLOCK * KEY_BLOCK
     last_first = first_key(position + tokens - 1, window, chunk)
     later = _locate(head, table, t0, units_per_block, start, near, far, d, dp, s, words, KEY_BLOCK)
@@ -393,30 +454,25 @@ def attend_split(
             KEY_BLOCK,
         )
         whole = position + 1 >= block + KEY_BLOCK and last_first <= block
-        step = tokens if whole else 1
-        for t in range(0, tokens, step):
-            first = max(first_key(position + t, window, chunk) - block, 0)
-            end = min(position + t + 1 - block, KEY_BLOCK)
-            if first >= end:
-                continue
-            begin, stop = (first + s - 1) // s, end // s
-            r, rows = t * group, (t + step) * group
-            while r < rows:
-                left = rows - r
-                mr = MR if left >= MR else 4 if left >= 4 else 2 if left >= 2 else 1
-                o0 = (r0 + r) * dp
+        r, rows = 0, tokens * group
+        while r < rows:
+            left = rows - r
+            mr = MR if left >= MR else 4 if left >= 4 else 2 if left >= 2 else 1
+            o0 = (r0 + r) * dp
+            if whole or _find_spans(mr, r, group, position, block, window, chunk, spans):
                 _scores(mr, q, r * d, d, k, k0, later, work)
-                factor = scale
-                if first > 0 or end < KEY_BLOCK:
-                    _hide(mr, first, end, scale, work)
+                factor, begin, stop = scale, 0, KEY_BLOCK // s
+                if not whole:
+                    _hide(mr, spans, scale, work)
                     factor = 1.0
                 _softmax_rows(mr, factor, work, p, top, total, r0 + r)
-                _add_values(mr, p, v, dp, words, begin, stop, work, values, o0)
-                if first % s:
-                    _add_lone_value(mr, p, first, v, dp, words, values, o0)
-                if end % s:
-                    _add_lone_value(mr, p, end - 1, v, dp, words, values, o0)
-                r += mr
+                if not whole:
+                    begin, stop = _add_before(mr, p, v, dp, words, spans, work, values, o0)
+                if begin < stop:
+                    _add_values(mr, p, 0, v, dp, words, begin, stop, work, values, o0)
+                if not whole:
+                    _add_after(mr, stop, p, v, dp, words, spans, work, values, o0)
+            r += mr
 
 
 @jit.device_fn
