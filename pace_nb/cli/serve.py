@@ -63,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine("--data-parallel-size", "-dp", type=int, default=1, metavar="N",
            help="engines, each a process with cores and a copy of the model")  # fmt: skip
     engine("--seed", type=int, help="of requests that bring none (default: another each time)")
+    engine("--reasoning-parser", default="auto", metavar="NAME",
+           help="deepseek_r1, qwen3, openai_gptoss, none (default: by the template)")  # fmt: skip
+    engine("--tool-call-parser", default="auto", metavar="NAME",
+           help="hermes, llama3_json, mistral, openai, none (default: by the template)")  # fmt: skip
+    engine("--enable-auto-tool-choice", action=argparse.BooleanOptionalAction, default=True,
+           help="calls that the model makes by itself are read; else only forced ones")  # fmt: skip
     http = parser.add_argument_group("http").add_argument
     http("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     http("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
@@ -128,6 +134,8 @@ def run(options: argparse.Namespace) -> int:
         allowed_origins=tuple(options.allowed_origins),
         served_model_names=tuple(options.served_model_name or [options.model or DEMO_NAME]),
         data_parallel_size=options.data_parallel_size,
+        reasoning_parser=options.reasoning_parser,
+        tool_call_parser=options.tool_call_parser if options.enable_auto_tool_choice else "none",
         metrics_prefix=options.metrics_prefix,
         web_page=options.webui,
         log_requests=not options.disable_access_log,

@@ -20,9 +20,11 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from pace_nb.errors import ApiError, PaceError
+from pace_nb.openai_api.message_format import MessageFormat
 from pace_nb.openai_api.request_body import (
     ChatBody,
     CompletionBody,
@@ -106,6 +108,7 @@ def _begin(llm: LLM, data: bytes, number: int, served: Collection[str]) -> _Line
             for prompt in line.body.prompts:
                 line.submissions.append(_submit(llm, line.body, _as_prompt(llm, line.body, prompt)))
         elif isinstance(line.body, ChatBody):
+            line.body = replace(line.body, params=_message_format(llm).params(line.body))
             chat = llm.get_tokenizer().encode_chat(line.body.messages, **line.body.chat_options)
             rendered = {"prompt": chat.text, "prompt_token_ids": chat.token_ids}
             line.submissions.append(_submit(llm, line.body, rendered))
@@ -147,6 +150,11 @@ def _read(llm: LLM, line: _Line, data: bytes, number: int, served: Collection[st
     if isinstance(asked, ChatBody) and asked.tool_choice not in ("none", "auto"):
         raise ApiError("tool_choice is not 'none' or 'auto', expected one", param="tool_choice")
     return asked
+
+
+def _message_format(llm: LLM) -> MessageFormat:
+    """How the model writes reasoning and calls, by its template."""
+    return MessageFormat.of_templates(llm.get_tokenizer().chat_template.templates)
 
 
 def _as_prompt(llm: LLM, body: CompletionBody, prompt: str | list[int]) -> dict[str, Any]:
@@ -195,6 +203,7 @@ def _response_body(llm: LLM, line: _Line, served: Collection[str]) -> dict[str, 
     }
     if isinstance(line.body, ChatBody):
         (output,) = outputs
+        options["message_format"] = _message_format(llm)
         return ChatResponse(line.body, response_id=f"chatcmpl-{number}", **options).whole(output)
     if not isinstance(line.body, CompletionBody):
         raise PaceError("a line without a body was submitted")

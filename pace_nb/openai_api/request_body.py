@@ -440,9 +440,37 @@ def _messages(found: _Fields) -> list[dict[str, Any]]:
     if messages is None:
         raise ApiError("messages is missing, expected a list of role and content", param="messages")
     try:
-        return check_messages(messages)
+        return [_for_template(message) for message in check_messages(messages)]
     except InvalidRequestError as error:
         raise ApiError(str(error), param="messages") from None
+
+
+def _for_template(message: dict[str, Any]) -> dict[str, Any]:
+    """Earlier reasoning and tool calls as chat templates look for them: reasoning under each of its
+    names, arguments, which clients send as text, as the object that they are."""
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    if message["role"] == "assistant" and isinstance(reasoning, str):
+        message |= {"reasoning": reasoning, "reasoning_content": reasoning}
+        if not message.get("content"):
+            message.setdefault("thinking", reasoning)  # gpt-oss takes one of the two
+    calls = message.get("tool_calls")
+    if isinstance(calls, list):
+        message["tool_calls"] = [_call_for_template(call) for call in calls]
+    return message
+
+
+def _call_for_template(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(arguments, str) or function is None:
+        return call
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):  # an earlier answer that was cut off
+        return call
+    if not isinstance(found, dict):
+        return call
+    return {**call, "function": {**function, "arguments": found}}
 
 
 def _tools(found: _Fields) -> tuple[list[Any] | None, str | Mapping[str, Any]]:

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from pace_nb.errors import ApiError, InvalidRequestError
+from pace_nb.openai_api.message_format import PLAIN, MessageFormat
+from pace_nb.openai_api.message_pieces import MessageReader, Piece, as_message, joined
 from pace_nb.openai_api.request_body import ChatBody, CompletionBody, RequestBody
 from pace_nb.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
 
@@ -245,14 +247,18 @@ class CompletionResponse(_Response):
 
 
 class ChatResponse(_Response):
-    """Answers a ChatBody."""
+    """Answers a ChatBody. message_format: how the model writes reasoning and tool calls."""
 
     object_name, chunk_name = "chat.completion", "chat.completion.chunk"
     _body: ChatBody
 
-    def __init__(self, body: ChatBody, **options: Any) -> None:
+    def __init__(
+        self, body: ChatBody, *, message_format: MessageFormat = PLAIN, **options: Any
+    ) -> None:
         super().__init__(body, **options)
-        self._begun: set[int] = set()
+        self._format = message_format
+        self._readers: dict[int, MessageReader] = {}  # of choices that have begun
+        self._with_calls: set[int] = set()  # choices that hold tool calls
 
     def whole(self, output: RequestOutput) -> Json:
         """The body for a finished output. ApiError: see `failure`."""
@@ -261,13 +267,14 @@ class ChatResponse(_Response):
             raise failed
         choices = []
         for completion in output.outputs:
-            content = self._echoed() + completion.text
+            reader = self._format.reader(self._body, output.prompt)
+            pieces = joined(reader.push(completion.text) + reader.finish())
             choices.append(
                 {
                     "index": completion.index,
-                    "message": {"role": "assistant", "content": content, "refusal": None},
+                    "message": self._message(pieces),
                     "logprobs": self._logprobs(completion),
-                    **_ending(completion),
+                    **_calling(_ending(completion), any(one.kind == "call" for one in pieces)),
                     **self._token_ids(completion),
                 }
             )
@@ -285,25 +292,64 @@ class ChatResponse(_Response):
         self._count(0, news)
         chunks = []
         for completion in news.outputs:
-            if completion.index not in self._begun:
-                self._begun.add(completion.index)
-                chunks.append(
-                    self.delta(completion.index, {"role": "assistant", "content": self._echoed()})
-                )
+            index = completion.index
+            if index not in self._readers:
+                self._readers[index] = self._format.reader(self._body, news.prompt)
+                chunks.append(self.delta(index, {"role": "assistant", "content": self._echoed()}))
+            reader, ended = self._readers[index], completion.finish_reason is not None
+            pieces = reader.push(completion.text) + (reader.finish() if ended else [])
+            deltas = [self._piece(piece) for piece in joined(pieces)]
             logprobs = self._logprobs(completion)
-            has_tokens = logprobs is not None or self._body.return_token_ids
-            if completion.text or (has_tokens and completion.token_ids):
-                chunks.append(
-                    self.delta(
-                        completion.index,
-                        {"content": completion.text},
-                        logprobs=logprobs,
-                        **self._token_ids(completion),
-                    )
-                )
-            if completion.finish_reason is not None:
-                chunks.append(self.delta(completion.index, {}, **_ending(completion)))
+            if not deltas and (logprobs or self._body.return_token_ids) and completion.token_ids:
+                deltas = [{"content": ""}]
+            beside = {"logprobs": logprobs, **self._token_ids(completion)}  # of all the news
+            for delta in deltas:
+                chunks.append(self.delta(index, delta, **beside))
+                beside = {}
+            if any(piece.kind == "call" for piece in pieces):
+                self._with_calls.add(index)
+            if ended:
+                ending = _calling(_ending(completion), index in self._with_calls)
+                chunks.append(self.delta(index, {}, **ending))
         return chunks
+
+    def _message(self, pieces: Sequence[Piece]) -> Json:
+        """A whole message. Clients differ in what they call reasoning, so it has both names."""
+        reasoning, content, calls = as_message(pieces)
+        text = self._echoed() + content
+        message: Json = {
+            "role": "assistant",
+            "content": text if text or not (calls or reasoning) else None,
+            "refusal": None,
+        }
+        if reasoning:
+            message |= {"reasoning": reasoning, "reasoning_content": reasoning}
+        if calls:
+            message["tool_calls"] = [
+                {
+                    "id": self._format.call_id(),
+                    "type": "function",
+                    "function": {"name": name, "arguments": arguments},
+                }
+                for name, arguments in calls
+            ]
+        return message
+
+    def _piece(self, piece: Piece) -> Json:
+        """The same as a delta."""
+        if piece.kind == "content":
+            return {"content": piece.text}
+        if piece.kind == "reasoning":
+            return {"reasoning": piece.text, "reasoning_content": piece.text}
+        if piece.kind == "arguments":
+            return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
+        call = {
+            "index": piece.index,
+            "id": self._format.call_id(),
+            "type": "function",
+            "function": {"name": piece.text, "arguments": ""},
+        }
+        return {"tool_calls": [call]}
 
     def delta(self, index: int, delta: Json, **choice: Any) -> Json:
         """One chunk with a piece of choice `index`; choice: its other fields."""
@@ -371,6 +417,13 @@ def _ending(completion: CompletionOutput, finish: str | None = None) -> Json:
         return {"finish_reason": None, "stop_reason": None, **error}
     stop_reason = None if finish else completion.stop_reason
     return {"finish_reason": finish or reason, "stop_reason": stop_reason}
+
+
+def _calling(ending: Json, has_calls: bool) -> Json:
+    """The same, where a message that ended by itself is a call of tools."""
+    if has_calls and ending["finish_reason"] == "stop":
+        return {**ending, "finish_reason": "tool_calls"}
+    return ending
 
 
 def _number(logprob: float) -> float:

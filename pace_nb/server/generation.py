@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -58,9 +58,11 @@ async def chat_completions(request: Request) -> Response:
     raw = await read_json_body(request, service.settings.limits)
     body = request_body.read_chat(raw, service.default_params)
     _refuse_what_is_not_built(body)
+    body = replace(body, params=service.message_format.params(body))
     answer = ChatAnswer(
         ChatResponse(
             body,
+            message_format=service.message_format,
             response_id=f"chatcmpl-{request_id(request.scope)}",
             model=service.settings.served_model_names[0],
             tokenizer=service.tokenizer,
@@ -87,8 +89,7 @@ async def completions(request: Request) -> Response:
 
 
 class ChatAnswer:
-    """What a chat's outputs become. The place for whatever reads a message out of the text: tool
-    calls, reasoning, channels."""
+    """What a chat's outputs become."""
 
     def __init__(self, response: ChatResponse) -> None:
         self._response = response

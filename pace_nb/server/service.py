@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Final, TypeVar
 
 from pace_nb.errors import ApiError, PaceError
+from pace_nb.openai_api.message_format import PLAIN, MessageFormat
 from pace_nb.server.engine_client import EngineClient, EngineOptions, State
 from pace_nb.server.mailbox import Mailbox
 from pace_nb.server.metrics import Metrics
@@ -40,6 +41,7 @@ class Service:
     Attributes:
         router, metrics: As in their modules.
         created: Unix seconds of the start.
+        message_format: How the model writes reasoning and tool calls.
         draining: No new requests are taken.
         failed: Set when no engine is left that could come back.
     """
@@ -77,6 +79,7 @@ class Service:
             for index, cpus in enumerate(shares)
         ]
         self.router = Router(engines, max_num_seqs, settings.limits)
+        self.message_format = PLAIN
         self._tokenizer: Tokenizer | None = None
         self._readers = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="reader")
         self._mailboxes: set[Mailbox] = set()
@@ -88,6 +91,11 @@ class Service:
         """Begin to load; `ready` tells when that is done. PaceError for a tokenizer that is not
         there."""
         self._tokenizer = await self.in_reader(Tokenizer.from_directory, self.model_directory)
+        self.message_format = MessageFormat.chosen(
+            self.settings.reasoning_parser,
+            self.settings.tool_call_parser,
+            self._tokenizer.chat_template.templates,
+        )
         for engine in self.router.engines:
             engine.start()
         self._ticking = asyncio.create_task(self._tick(), name="tick")

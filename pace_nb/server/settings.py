@@ -10,6 +10,7 @@ import ipaddress
 from dataclasses import dataclass, field
 
 from pace_nb.errors import ConfigError
+from pace_nb.openai_api.message_format import MessageFormat
 from pace_nb.server.limits import Limits
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
@@ -29,6 +30,8 @@ class Settings:
         allowed_origins: Of web pages elsewhere that may ask; "*" is all of them.
         served_model_names: What the model is called; the first is told.
         data_parallel_size: Engines.
+        reasoning_parser, tool_call_parser: Names of `openai_api/message_format.py`; "auto" is what
+            the chat template asks for, "none" leaves everything in the text.
         metrics_prefix: Of the metrics' names; "vllm" for dashboards that were made for it.
         web_page: Serve the page at /, whose files need no key.
         log_requests: A line for each request: method, path, status, time; never its text.
@@ -44,6 +47,8 @@ class Settings:
     allowed_origins: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ("pace-nb-demo",)
     data_parallel_size: int = 1
+    reasoning_parser: str = "auto"
+    tool_call_parser: str = "auto"
     metrics_prefix: str = "pace_nb"
     web_page: bool = True
     log_requests: bool = True
@@ -58,6 +63,7 @@ class Settings:
             raise ConfigError("an API key is wrong, expected printable ASCII text")
         if not self.served_model_names or not all(self.served_model_names):
             raise ConfigError("served_model_name is empty, expected a name")
+        MessageFormat.chosen(self.reasoning_parser, self.tool_call_parser)  # refuses wrong names
         if type(self.data_parallel_size) is not int or self.data_parallel_size < 1:
             raise ConfigError(
                 f"data_parallel_size is {self.data_parallel_size!r}, expected an integer from 1"

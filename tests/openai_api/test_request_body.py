@@ -331,3 +331,17 @@ def test_any_value_in_any_field_is_taken_or_refused_in_one_line(fields, is_chat)
 def test_a_body_reads_the_same_from_bytes_and_text():
     body = {"prompt": "é\u2028", "temperature": 0}
     assert read_json(json.dumps(body)) == read_json(json.dumps(body).encode()) == body
+
+
+def test_earlier_calls_and_reasoning_as_templates_look_for_them():
+    def call(arguments):
+        return {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+    message = {"role": "assistant", "reasoning": "Hm.", "content": None}
+    calls = [call('{"a": 1}'), call("[1]"), call('{"a'), call({"b": 2}), "?"]
+    asked = [{"role": "user", "content": "Hi"}, {**message, "tool_calls": calls}]
+    first, found = request_body.read_chat({"messages": asked}).messages
+    assert first == asked[0]
+    assert found["reasoning_content"] == found["reasoning"] == found["thinking"] == "Hm."
+    assert found["tool_calls"] == [call({"a": 1}), call("[1]"), call('{"a'), call({"b": 2}), "?"]
+    assert asked[1]["tool_calls"][0]["function"]["arguments"] == '{"a": 1}'  # a copy

@@ -55,3 +55,9 @@ def test_what_is_refused(wrong, message):
 
 def test_keys_are_not_shown():
     assert "secret" not in repr(Settings(api_keys=("secret",)))
+
+
+def test_readers_of_messages_have_names():
+    Settings(reasoning_parser="qwen3", tool_call_parser="none")
+    with pytest.raises(ConfigError, match="tool_call_parser is 'xml', expected hermes"):
+        Settings(tool_call_parser="xml")
