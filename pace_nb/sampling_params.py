@@ -4,8 +4,8 @@ Knows the names, defaults and legal ranges (vLLM's names, so that code and habit
 not know a vocabulary, a model or a context length: token ids against `vocab_size` and prompt
 lengths against `max_model_len` are checked where those are known, at the engine's front.
 
-vLLM's `structured_outputs`, `extra_args` and `spaces_between_special_tokens` are
-absent: an option that would be ignored is worse than one that is refused by name.
+vLLM's `extra_args` and `spaces_between_special_tokens` are absent: an option that would be ignored
+is worse than one that is refused by name.
 
 Source: vLLM `vllm/sampling_params.py`; the caps keep one request's cost bounded.
 """
@@ -20,6 +20,7 @@ from numbers import Integral, Real
 from typing import Any, Final, NoReturn
 
 from pace_nb.errors import InvalidRequestError
+from pace_nb.structured_outputs import StructuredOutputsParams
 
 GREEDY_TEMPERATURE: Final = 1e-5  # below this, dividing logits is noise: take the argmax instead
 
@@ -84,6 +85,9 @@ class SamplingParams:
         token_mask: Which tokens may be generated next, for grammars: an array bool[V], or int32 of
             ceil(V / 32) words whose bit i % 32 of word i // 32 is token i (llguidance's form); or a
             function that is given the ids generated so far and returns such an array. None is all.
+        structured_outputs: The form that the text must have, a StructuredOutputsParams or an object
+            of its fields, such as {"json": schema}. It takes the place of token_mask, and the text
+            ends where it is complete. Needs a tokenizer, and llguidance (extra `server`).
         truncate_prompt_tokens: Keep only the last so many prompt tokens; -1 keeps what the context
             holds. None refuses a prompt that is too long.
         output_kind: What the outputs of `AsyncLLM` hold. Elsewhere the method says: `generate` and
@@ -116,6 +120,9 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] = ()
     token_mask: Any = field(default=None, compare=False)
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = field(
+        default=None, hash=False
+    )
     truncate_prompt_tokens: int | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
@@ -153,6 +160,9 @@ class SamplingParams:
             callable(self.token_mask) or hasattr(self.token_mask, "dtype")
         ):
             _refuse("token_mask", self.token_mask, "a NumPy array, a function or None")
+        if self.structured_outputs is not None:
+            form = StructuredOutputsParams.of(self.structured_outputs)
+            self._store("structured_outputs", form)
 
         if self.max_tokens is not None:
             self._store("max_tokens", _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS))

@@ -19,6 +19,7 @@ from pace_nb.engine.completion import Completion, Submission
 from pace_nb.engine.engine import Engine
 from pace_nb.engine.pard import ParallelDrafter
 from pace_nb.engine.request import Request
+from pace_nb.engine.structured_output import GrammarCompiler, TokenGrammar
 from pace_nb.errors import ConfigError, InvalidRequestError, ModelFormatError
 from pace_nb.kv_cache import create_cache
 from pace_nb.kv_cache.base import KVCacheConfig
@@ -29,6 +30,7 @@ from pace_nb.models.registry import Model, load_model
 from pace_nb.outputs import RequestMetrics
 from pace_nb.prompts import PromptInput, PromptReader
 from pace_nb.sampling_params import SamplingParams
+from pace_nb.structured_outputs import StructuredOutputsParams
 from pace_nb.tokenizer import Tokenizer, token_ids_field
 
 # generation_config.json -> SamplingParams. Like vLLM, do_sample is not looked at.
@@ -73,6 +75,9 @@ class TextModel:
         self.max_model_len = engine.max_model_len
         self.kv_cache_arithmetic = kv_cache_arithmetic
         self._generation_config = generation_config
+        self._grammars = None
+        if tokenizer is not None:
+            self._grammars = GrammarCompiler(tokenizer, engine.vocab_size, eos_token_ids)
         self._ids = itertools.count()
 
     def suggested_sampling(self) -> dict[str, Any]:
@@ -117,14 +122,17 @@ class TextModel:
         room = max(1, self.max_model_len - len(prompt_token_ids))  # too long a prompt: see check
         number = str(next(self._ids))  # names it in the engine, whatever the caller calls it
         metrics = RequestMetrics(arrival_time=time.monotonic())  # of all n together
+        grammar = self._grammar(params)
         completions = []
         for index in range(params.n):
+            own_grammar = None if grammar is None else grammar.copy()
             seed = None if params.seed is None else (params.seed + index) % 2**64
             own = replace(
                 params,
                 n=1,
                 seed=seed,
                 prompt_logprobs=params.prompt_logprobs if index == 0 else None,
+                token_mask=params.token_mask if own_grammar is None else own_grammar,
             )
             request = Request(
                 request_id=f"{number}-{index}" if params.n > 1 else number,
@@ -133,6 +141,7 @@ class TextModel:
                 max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
                 metrics=metrics,
                 eos_token_ids=self.eos_token_ids,
+                grammar=own_grammar,
                 bad_words_token_ids=self.prompts.spell(params.bad_words),
                 cache_salt=prompt.cache_salt,
                 priority=priority,
@@ -140,6 +149,17 @@ class TextModel:
             engine.check(request)
             completions.append(Completion(index, request, self.tokenizer))
         return Submission(number if request_id is None else request_id, prompt.text, completions)
+
+    def _grammar(self, params: SamplingParams) -> TokenGrammar | None:
+        """That of the form which the text must have, where there is one."""
+        form = params.structured_outputs
+        if not isinstance(form, StructuredOutputsParams):
+            return None
+        if params.token_mask is not None:
+            raise InvalidRequestError("structured_outputs is given, expected no token_mask then")
+        if self._grammars is None:
+            raise InvalidRequestError("structured_outputs needs a tokenizer, the model has none")
+        return self._grammars.compile(form)
 
     def close(self) -> None:
         """End the process that renders chat templates, if one runs."""

@@ -153,6 +153,12 @@ class Tokenizer:
         """End the process that renders chat templates, if one runs."""
         self.chat_template.close()
 
+    def to_json(self) -> str:
+        """The whole tokenizer as tokenizer.json has it, for libraries that read that."""
+        with library_errors("the tokenizer"):
+            text: str = self._backend.to_str()
+        return text
+
     # ---- text to ids ----
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

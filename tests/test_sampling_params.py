@@ -44,6 +44,7 @@ def test_defaults_are_vllms() -> None:
         "allowed_token_ids": None,
         "bad_words": (),
         "token_mask": None,
+        "structured_outputs": None,
         "truncate_prompt_tokens": None,
         "output_kind": RequestOutputKind.CUMULATIVE,
     }

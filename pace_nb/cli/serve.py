@@ -64,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
            help="engines, each a process with cores and a copy of the model")  # fmt: skip
     engine("--seed", type=int, help="of requests that bring none (default: another each time)")
     engine("--reasoning-parser", default="auto", metavar="NAME",
-           help="deepseek_r1, qwen3, openai_gptoss, none (default: by the template)")  # fmt: skip
+           help="deepseek_r1, qwen3, openai_gptoss, none (default: by template)")  # fmt: skip
     engine("--tool-call-parser", default="auto", metavar="NAME",
-           help="hermes, llama3_json, mistral, openai, none (default: by the template)")  # fmt: skip
+           help="hermes, llama3_json, mistral, openai, none (default: by template)")  # fmt: skip
     engine("--enable-auto-tool-choice", action=argparse.BooleanOptionalAction, default=True,
            help="calls that the model makes by itself are read; else only forced ones")  # fmt: skip
     http = parser.add_argument_group("http").add_argument

@@ -55,7 +55,12 @@ class Completion:
         """Tokens of a step, or the request's end, or both. Whatever raises ends it with "error"."""
         request = self.request
         try:
-            result = self._checker.push(new_token_ids, request.finish_reason, request.stop_reason)
+            result = self._checker.push(
+                new_token_ids,
+                request.finish_reason,
+                request.stop_reason,
+                ended_by_text=request.grammar_complete,
+            )
             if self._logprobs is not None and request.logprobs is not None:
                 start = len(self._logprobs)
                 found = request.logprobs[start : start + result.num_kept]

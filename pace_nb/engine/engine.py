@@ -307,6 +307,15 @@ class Engine:
             request.eos_token_ids,
             request.max_tokens,
         )
+        if request.grammar is not None:
+            generated = [*request.generated_token_ids, *result.token_ids[:num_kept]]
+            for position in range(len(generated) - num_kept + 1, len(generated) + 1):
+                ended = finish_reason == "stop" and position == len(generated)
+                if not ended and request.grammar.is_complete(generated[:position]):
+                    num_kept -= len(generated) - position
+                    finish_reason, request.stop_reason = "stop", None
+                    request.grammar_complete = True
+                    break
         request.token_ids += result.token_ids[:num_kept]
         if request.draft_token_ids:
             # Each kept token but the last was a guess that is stored; the rest of them is not it.

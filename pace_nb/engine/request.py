@@ -15,10 +15,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 from pace_nb.outputs import FinishReason, RequestMetrics, TokenLogprobs
 from pace_nb.sampling_params import SamplingParams
+
+
+class Grammar(Protocol):
+    """What knows when a text of a form is complete; `structured_output.TokenGrammar` is one."""
+
+    def is_complete(self, generated: Sequence[int]) -> bool:
+        """Whether these ids are a whole text, to which nothing can be added."""
+        ...
 
 
 class RequestStatus(Enum):
@@ -41,6 +49,7 @@ class Request:
         metrics: When things happened.
         eos_token_ids: The model's end tokens.
         bad_words_token_ids: `params.bad_words` as token ids, one sequence per spelling.
+        grammar: Of the form that its text must have; it is its `params.token_mask`, too.
         cache_salt: Its keys and values are shared only with requests of the same salt.
         priority: Lower runs first, where the engine's scheduling policy is "priority".
         seed: Of its random numbers; set by the engine where `params.seed` is None.
@@ -56,6 +65,7 @@ class Request:
         num_preemptions: How often it lost its cache to an older request.
         logprobs: One dict per generated token, where asked for.
         prompt_logprobs: One entry per prompt token so far, the first None, where asked for.
+        grammar_complete: It ended with its last token, because its form was complete.
         finish_reason, stop_reason: As in outputs.CompletionOutput, None while it is unfinished.
         error: Why it failed, in one line, with finish_reason "error".
     """
@@ -67,6 +77,7 @@ class Request:
     metrics: RequestMetrics
     eos_token_ids: frozenset[int] = frozenset()
     bad_words_token_ids: Sequence[Sequence[int]] = ()
+    grammar: Grammar | None = None
     cache_salt: str | None = None
     priority: int = 0
     seed: int = 0
@@ -81,6 +92,7 @@ class Request:
     num_preemptions: int = 0
     logprobs: list[TokenLogprobs] | None = field(init=False)
     prompt_logprobs: list[TokenLogprobs | None] | None = field(init=False)
+    grammar_complete: bool = False
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     error: str | None = None

@@ -147,19 +147,21 @@ class StopChecker:
         token_ids: Sequence[int],
         finish_reason: FinishReason | None = None,
         stop_reason: int | str | None = None,
+        *,
+        ended_by_text: bool = False,
     ) -> StopResult:
         """Take the ids of one step and the engine's verdict on them (None while it runs).
 
         With a verdict everything held is flushed: call `push([], "abort")` to end a completion that
         has no more ids. The id that ended it by itself (`"stop"`) is not decoded, unless
-        `include_stop_str_in_output`.
+        `include_stop_str_in_output`, or `ended_by_text`: it ended what a grammar wanted.
 
         Raises:
             RuntimeError: the completion has ended before.
         """
         if self._finished:
             raise RuntimeError("push() after the completion has ended")
-        last_is_text = finish_reason != "stop" or self._keep_stop
+        last_is_text = finish_reason != "stop" or self._keep_stop or ended_by_text
         decoded = token_ids if last_is_text else token_ids[:-1]
         before = len(self._shown)
         num_kept = len(token_ids)

@@ -108,8 +108,9 @@ def _begin(llm: LLM, data: bytes, number: int, served: Collection[str]) -> _Line
             for prompt in line.body.prompts:
                 line.submissions.append(_submit(llm, line.body, _as_prompt(llm, line.body, prompt)))
         elif isinstance(line.body, ChatBody):
-            line.body = replace(line.body, params=_message_format(llm).params(line.body))
             chat = llm.get_tokenizer().encode_chat(line.body.messages, **line.body.chat_options)
+            params = _message_format(llm).params(line.body, chat.text)
+            line.body = replace(line.body, params=params)
             rendered = {"prompt": chat.text, "prompt_token_ids": chat.token_ids}
             line.submissions.append(_submit(llm, line.body, rendered))
     except Exception as error:
@@ -144,11 +145,6 @@ def _read(llm: LLM, line: _Line, data: bytes, number: int, served: Collection[st
     check_model(asked.model, served)
     if asked.stream:
         raise ApiError("stream is true, expected false in a batch", param="stream")
-    for name in ("response_format", "structured_outputs"):
-        if getattr(asked, name) is not None:
-            raise ApiError(f"{name} is given, structured output is not supported", param=name)
-    if isinstance(asked, ChatBody) and asked.tool_choice not in ("none", "auto"):
-        raise ApiError("tool_choice is not 'none' or 'auto', expected one", param="tool_choice")
     return asked
 
 

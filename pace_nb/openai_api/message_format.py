@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from pace_nb.errors import ConfigError
-from pace_nb.openai_api.harmony import CHANNEL, HarmonyReader
+from pace_nb.openai_api.harmony import CHANNEL, FINAL, HarmonyReader
 from pace_nb.openai_api.message_pieces import MessageReader, Piece, PlainReader, joined
-from pace_nb.openai_api.reasoning import CLOSE, ThinkReader
+from pace_nb.openai_api.reasoning import CLOSE, OPEN, ThinkReader
 from pace_nb.openai_api.request_body import ChatBody
 from pace_nb.openai_api.tool_calls import (
     HERMES_OPEN,
@@ -34,6 +34,7 @@ from pace_nb.openai_api.tool_calls import (
     RequiredReader,
 )
 from pace_nb.sampling_params import SamplingParams
+from pace_nb.structured_outputs import StructuredOutputsParams
 
 REASONING: Final = ("deepseek_r1", "qwen3", "openai_gptoss")
 TOOLS: Final[Mapping[str, Callable[[], MessageReader]]] = {
@@ -109,12 +110,27 @@ class MessageFormat:
             return first
         return _Selected(_Chain(first, calls) if calls is not None else first, body)
 
-    def params(self, body: ChatBody) -> SamplingParams:
-        """How to sample for this body: with the special tokens that readers look for."""
+    def params(self, body: ChatBody, prompt: str) -> SamplingParams:
+        """How to sample for this body: with the special tokens that readers look for, and with
+        the form that its answer must have after the reasoning."""
+        params = body.params
         calls = body.tool_choice == "auto" and bool(body.tools) and self.tools is not None
         if self.is_harmony or calls:
-            return replace(body.params, skip_special_tokens=False)
-        return body.params
+            params = replace(params, skip_special_tokens=False)
+        form = params.structured_outputs
+        if isinstance(form, StructuredOutputsParams):
+            start, end = self._reasoning_markers(prompt.rstrip())
+            form = replace(form, reasoning_start=start, reasoning_end=end)
+            params = replace(params, structured_outputs=form)
+        return params
+
+    def _reasoning_markers(self, prompt: str) -> tuple[str | None, str | None]:
+        """What may begin reasoning after this prompt, and what ends it."""
+        if self.is_harmony:
+            return None, FINAL
+        if self.reasoning is None or prompt.endswith(CLOSE):
+            return None, None
+        return None if self.reasoning == "deepseek_r1" or prompt.endswith(OPEN) else OPEN, CLOSE
 
     def call_id(self) -> str:
         """A new id for a tool call. Mistral's templates want nine letters and digits."""

@@ -27,6 +27,7 @@ from typing import Any, Final, NoReturn
 from pace_nb.chat_template import check_messages
 from pace_nb.errors import ApiError, InvalidRequestError
 from pace_nb.sampling_params import MAX_LOGPROBS, SamplingParams
+from pace_nb.structured_outputs import StructuredOutputsParams
 
 MAX_JSON_DEPTH: Final = 64
 MAX_JSON_VALUES: Final = 2_000_000  # a prompt of token ids has one for each
@@ -86,6 +87,8 @@ class RequestBody:
     Attributes:
         model: The name asked for; None or empty is the one that is served.
         params: How to sample. A chat without max_tokens has None there: what the context holds.
+            `structured_outputs` is set by response_format, by the field of its name, by guided_json
+            and its like (vLLM's older names), or by a tool that must be called.
         stream: Whether the answer comes in pieces.
         stream_options: What they tell.
         echo: Repeat the prompt (a chat: an open last message) before the text.
@@ -93,9 +96,6 @@ class RequestBody:
         priority: Lower runs first.
         request_id: The caller's own name for it, or None.
         user: As given; nothing depends on it.
-        response_format: {"type": "json_object"} or {"type": "json_schema", ...}; None is text.
-        structured_outputs: vLLM's form of the same, as given; `guided_json` and its like are the
-            older names of what is in it.
         return_token_ids: Add token ids to the answer.
         return_tokens_as_token_ids: In logprobs, write tokens as "token_id:123".
         add_special_tokens: Add BOS and its like; None is the default of the kind.
@@ -111,8 +111,6 @@ class RequestBody:
     priority: int
     request_id: str | None
     user: str | None
-    response_format: Mapping[str, Any] | None
-    structured_outputs: Mapping[str, Any] | None
     return_token_ids: bool
     return_tokens_as_token_ids: bool
     add_special_tokens: bool | None
@@ -255,6 +253,10 @@ def read_chat(body: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
             own["max_tokens"] = found.integer(name, 0, 1, 2**31 - 1)
             break
     tools, tool_choice = _tools(found)
+    parallel = found.boolean("parallel_tool_calls", True)
+    forced = _forced_call(tools or [], tool_choice, parallel)
+    if forced is not None:
+        own["structured_outputs"] = forced
     continued = found.boolean("continue_final_message", False)
     add_generation_prompt = found.boolean("add_generation_prompt", not continued)
     if continued and add_generation_prompt:
@@ -268,7 +270,7 @@ def read_chat(body: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
         messages=_messages(found),
         tools=tools,
         tool_choice=tool_choice,
-        parallel_tool_calls=found.boolean("parallel_tool_calls", True),
+        parallel_tool_calls=parallel,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continued,
         documents=found.objects("documents", MAX_JSON_VALUES),
@@ -364,6 +366,7 @@ def _common(
                 param="stream_options",
             )
     model = found.get("model")
+    own = {"structured_outputs": _form(found), **own}
     return {
         "model": found.text("model") if model != "" else None,
         "params": _sampling_params(found, own, defaults),
@@ -377,8 +380,6 @@ def _common(
         "priority": found.integer("priority", 0),
         "request_id": found.text("request_id"),
         "user": found.get("user") if isinstance(found.get("user"), str) else None,
-        "response_format": _response_format(found),
-        "structured_outputs": _structured_outputs(found),
         "return_token_ids": found.boolean("return_token_ids", False),
         "return_tokens_as_token_ids": found.boolean("return_tokens_as_token_ids", False),
         "add_special_tokens": (
@@ -504,28 +505,86 @@ def _tools(found: _Fields) -> tuple[list[Any] | None, str | Mapping[str, Any]]:
     return tools, choice
 
 
-def _response_format(found: _Fields) -> Mapping[str, Any] | None:
+def _forced_call(
+    tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any], parallel: bool
+) -> StructuredOutputsParams | None:
+    """The form of an answer that must call tools: one function's arguments, or a list of
+    {"name", "parameters"}; None where none must be called."""
+    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+    if isinstance(choice, Mapping):
+        return _checked_form("tools", {"json": _parameters(functions[choice["function"]["name"]])})
+    if choice != "required":
+        return None
+    definitions: dict[str, Any] = {}
+    calls = []
+    for name, function in functions.items():
+        parameters = dict(_parameters(function))
+        for kind in ("$defs", "definitions"):  # references begin at the root
+            for key, value in (parameters.pop(kind, None) or {}).items():
+                if definitions.setdefault(kind, {}).setdefault(key, value) != value:
+                    raise ApiError(
+                        f"tools have different {kind} of the name {_shown(key)}, expected one",
+                        param="tools",
+                    )
+        properties = {"name": {"const": name}, "parameters": parameters}
+        calls.append(
+            {
+                "type": "object",
+                "properties": properties,
+                "required": [*properties],
+                "additionalProperties": False,
+            }
+        )
+    most = {} if parallel else {"maxItems": 1}
+    schema = {"type": "array", "minItems": 1, **most, "items": {"anyOf": calls}, **definitions}
+    return _checked_form("tools", {"json": schema})
+
+
+def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of a function's arguments."""
+    parameters = function.get("parameters") or {"type": "object", "properties": {}}
+    if not isinstance(parameters, Mapping):
+        raise ApiError("a tool's parameters are wrong, expected a JSON schema", param="tools")
+    return parameters
+
+
+def _form(found: _Fields) -> StructuredOutputsParams | None:
+    """The form of the answer that a body asks for, however it does."""
+    wanted = [
+        (name, {kind: found.get(name)})
+        for name, kind in _GUIDED_FIELDS.items()
+        if found.get(name) is not None
+    ]
+    if (own := found.mapping("structured_outputs")) is not None:
+        wanted.append(("structured_outputs", dict(own)))
+    if (form := _response_format(found)) is not None:
+        wanted.append(("response_format", form))
+    if not wanted:
+        return None
+    if len(wanted) > 1:
+        found.refuse(wanted[0][0], "one kind of structured output at a time")
+    return _checked_form(*wanted[0])
+
+
+def _checked_form(name: str, wanted: Mapping[str, Any]) -> StructuredOutputsParams:
+    try:
+        return StructuredOutputsParams.of(wanted)
+    except InvalidRequestError as error:
+        raise ApiError(str(error).replace("structured_outputs", name, 1), param=name) from None
+
+
+def _response_format(found: _Fields) -> dict[str, Any] | None:
     wanted = found.mapping("response_format")
     if wanted is None or wanted.get("type") == "text":
         return None
     if wanted.get("type") == "json_object":
-        return wanted
+        return {"json_object": True}
     schema = wanted.get("json_schema")
     if wanted.get("type") == "json_schema" and isinstance(schema, Mapping):
         if isinstance(schema.get("schema"), Mapping):
-            return wanted
+            return {"json": schema["schema"]}
         found.refuse("response_format", "a json_schema with a schema")
     found.refuse("response_format", "type 'text', 'json_object' or 'json_schema'")
-
-
-def _structured_outputs(found: _Fields) -> Mapping[str, Any] | None:
-    wanted = found.mapping("structured_outputs")
-    for name, kind in _GUIDED_FIELDS.items():
-        if found.get(name) is not None:
-            if wanted is not None:
-                found.refuse(name, "one kind of structured output at a time")
-            wanted = {kind: found.get(name)}
-    return wanted
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -102,13 +102,14 @@ class _Object:
     def push(self, text: str) -> tuple[list[Piece], str]:
         """What became certain, and the text after the object's end."""
         pieces: list[Piece] = []
+        told: list[str] = []  # of the arguments
         position = 0
         while position < len(text) and not self.done:
             depth = self._json.depth
             end = self._json.turn(text, position)
             part, position = text[position:end], end
             if self._telling:
-                pieces.append(Piece("arguments", part, self._index))
+                told.append(part)
                 self._telling = self._json.depth > 1
             elif not self._told:
                 self._raw.append(part)
@@ -116,6 +117,8 @@ class _Object:
                     self._head_seen = True
                     pieces += self._begin()
             self.done = self._json.depth <= 0
+        if told:
+            pieces.append(Piece("arguments", "".join(told), self._index))
         if self.done and not self._told:
             pieces += self._all_at_once()
         return pieces, text[position:]
@@ -270,31 +273,33 @@ class Llama3JsonReader:
         self._begun = False
 
     def push(self, text: str) -> list[Piece]:
-        if self._calls is not None:
-            return self._calls.push(text)
         self._scanner.push(text)
-        if not self._begun:
+        if self._calls is None and not self._begun:
             held = self._scanner.held
-            first = held.lstrip()[:1]
-            if not first:
+            rest = held.lstrip()
+            if not rest:
                 return []
             self._begun = True
-            if first in "{[":
-                space = held[: len(held) - len(held.lstrip())]
-                self._calls = _Calls(0, space, needs_arguments=True)
-                return self._calls.push(self._scanner.rest().lstrip())
-        before, marker = self._scanner.until(PYTHON_TAG)
-        pieces = [Piece("content", self._content.push(before))]
-        if marker is not None:
+            if rest[0] in "{[":
+                self._calls = _Calls(0, held[: len(held) - len(rest)], needs_arguments=True)
+                self._scanner.held = rest
+        pieces: list[Piece] = []
+        if self._calls is None:
+            before, marker = self._scanner.until(PYTHON_TAG)
+            pieces.append(Piece("content", self._content.push(before)))
+            if marker is None:
+                return pieces
             self._calls = _Calls(0, PYTHON_TAG, needs_arguments=True)
-            pieces += self._calls.push(self._scanner.rest())
-        return pieces
+        return pieces + _placed(self._content, self._calls.push(self._scanner.rest()))
 
     def finish(self) -> list[Piece]:
-        if self._calls is not None:
-            return self._calls.finish()
-        content = self._content.push(self._scanner.rest())
-        return [Piece("content", content + self._content.end())]
+        if self._calls is None:
+            pieces = [Piece("content", self._content.push(self._scanner.rest()))]
+        else:
+            pieces = _placed(self._content, self._calls.finish())
+        if self._calls is None or not self._calls.num_calls:
+            pieces.append(Piece("content", self._content.end()))
+        return pieces
 
 
 class MistralReader:

@@ -57,8 +57,6 @@ async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     raw = await read_json_body(request, service.settings.limits)
     body = request_body.read_chat(raw, service.default_params)
-    _refuse_what_is_not_built(body)
-    body = replace(body, params=service.message_format.params(body))
     answer = ChatAnswer(
         ChatResponse(
             body,
@@ -76,7 +74,6 @@ async def completions(request: Request) -> Response:
     service: Service = request.app.state.service
     raw = await read_json_body(request, service.settings.limits)
     body = request_body.read_completion(raw, service.default_params)
-    _refuse_what_is_not_built(body)
     answer = CompletionAnswer(
         CompletionResponse(
             body,
@@ -142,6 +139,9 @@ async def generate(
         prompts = await read_prompts(service, body)
         for prompt in prompts:
             _check_length(service, body, raw, prompt)
+        if isinstance(body, ChatBody):
+            params = service.message_format.params(body, prompts[0].text or "")
+            body = replace(body, params=params)
         exchange.submit(prompts, body)
         await exchange.accepted(service.settings.limits.keep_alive_interval)
         if not body.stream:
@@ -347,13 +347,3 @@ def check_characters(service: Service, num_characters: int, name: str) -> None:
 
 def _characters(messages: list[dict[str, Any]]) -> int:
     return sum(len(one["content"]) for one in messages if isinstance(one.get("content"), str))
-
-
-def _refuse_what_is_not_built(body: ChatBody | CompletionBody) -> None:
-    """Fields that would change the answer must not be ignored."""
-    for name in ("response_format", "structured_outputs"):
-        if getattr(body, name) is not None:
-            raise ApiError(f"{name} is not supported yet, expected text", param=name)
-    if isinstance(body, ChatBody) and body.tool_choice not in ("none", "auto"):
-        raise ApiError("tool_choice is not supported yet, expected 'auto' or 'none'",
-                       param="tool_choice")  # fmt: skip

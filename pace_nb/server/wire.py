@@ -18,17 +18,21 @@ from pace_nb.outputs import (
     TokenLogprobs,
 )
 from pace_nb.sampling_params import SamplingParams
+from pace_nb.structured_outputs import StructuredOutputsParams
 
 _DEFAULTS = SamplingParams()
 
 
 def params_to_json(params: SamplingParams) -> dict[str, Any]:
     """The fields that differ from the defaults."""
-    return {
+    found = {
         field.name: value
         for field in fields(SamplingParams)
         if (value := getattr(params, field.name)) != getattr(_DEFAULTS, field.name)
     }
+    if isinstance(params.structured_outputs, StructuredOutputsParams):
+        found["structured_outputs"] = params.structured_outputs.to_json()
+    return found
 
 
 def params_from_json(found: dict[str, Any]) -> SamplingParams:

@@ -25,7 +25,7 @@ LAYERS = [
     {"kv_cache"},
     {"kernels"},
 ]
-LEAVES = {"batch", "config", "sampling_params", "outputs", "errors", "env"}
+LEAVES = {"batch", "config", "sampling_params", "structured_outputs", "outputs", "errors", "env"}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 KERNEL_LIBRARIES = {"numpy", "numba", "llvmlite"}
 

@@ -104,16 +104,8 @@ def test_prompts_without_their_special_tokens(llm):
         (line("x", prompt=[[5], [9999]]), "x", 400, None, "token id is 9999"),
         (line("x", prompt=[[5] * 2000]), "x", 400, None, "maximum context length is 1024 tokens"),
         (line("x", priority=1), "x", 400, None, "priority is 1, expected 0"),
-        (line("x", response_format={"type": "json_object"}), "x", 400, "response_format",
-         "structured output is not supported"),
+        (line("x", structured_outputs={"regex": "("}), "x", 400, None, "regex cannot be followed"),
         (line("x", CHAT), "x", 400, "messages", "messages is missing"),
-        (
-            line(
-                "x", CHAT, messages=HI, tool_choice="required",
-                tools=[{"type": "function", "function": {"name": "f"}}],
-            ),
-            "x", 400, "tool_choice", "expected one",
-        ),
     ],
 )  # fmt: skip
 def test_a_bad_line_costs_itself(llm, bad, custom_id, status, param, message):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import threading
 
+import openai
 import pytest
 
 from pace_nb.errors import ConfigError
@@ -11,6 +14,7 @@ from pace_nb.openai_api.message_format import PLAIN, MessageFormat
 from pace_nb.openai_api.request_body import read_chat
 from pace_nb.openai_api.response_body import ChatResponse
 from pace_nb.outputs import CompletionOutput, Logprob, RequestOutput
+from pace_nb.server.answers import DONE, EVENT_STREAM, event
 
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
@@ -84,6 +88,45 @@ def test_the_stream_says_the_same_in_the_order_clients_expect():
     assert arguments == ['{"city": "Köln"}', "{}"]
     assert deltas[-1] == {} and choices[-1]["finish_reason"] == "tool_calls"
     assert all(choice["finish_reason"] is None for choice in choices[:-1])
+
+
+def test_openais_client_reads_the_stream():
+    """A scripted model behind a socket: the demo model calls no tools by itself."""
+    streamed = response(QWEN, stream=True)
+    chunks = []
+    for start in range(0, len(CALLING), 7):
+        last = start + 7 >= len(CALLING)
+        chunks += streamed.chunks(news(CALLING[start : start + 7], "stop" if last else None))
+    events = b"".join(event(chunk) for chunk in chunks) + DONE
+
+    class Scripted(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.send_header("content-type", EVENT_STREAM)
+            self.end_headers()
+            self.wfile.write(events)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Scripted) as served:
+        thread = threading.Thread(target=served.handle_request)
+        thread.start()
+        url = f"http://127.0.0.1:{served.server_port}/v1"
+        with (
+            openai.OpenAI(base_url=url, api_key="x", max_retries=0) as client,
+            client.chat.completions.stream(
+                model="m", messages=[{"role": "user", "content": "Hi"}], tools=TOOLS
+            ) as stream,
+        ):
+            (choice,) = stream.get_final_completion().choices
+        thread.join()
+    first, second = choice.message.tool_calls
+    assert (first.function.name, first.function.arguments) == ("weather", '{"city": "Köln"}')
+    assert (second.function.name, second.function.arguments) == ("time", "{}")
+    assert choice.message.content == "I look." and choice.finish_reason == "tool_calls"
+    assert choice.message.reasoning_content == "Which city?"
 
 
 def test_what_the_request_does_not_want_is_left_out():
@@ -161,12 +204,10 @@ def test_a_template_tells_the_format(template, expected):
 
 def test_special_tokens_are_in_the_text_where_readers_look_for_them():
     mistral = MessageFormat(None, "mistral")
-    assert mistral.params(body()).skip_special_tokens is False
-    assert mistral.params(body(tool_choice="none")).skip_special_tokens is True
-    assert mistral.params(read_chat({"messages": body().messages})).skip_special_tokens is True
-    assert MessageFormat("openai_gptoss").params(body(tool_choice="none")).skip_special_tokens is (
-        False
-    )
+    assert mistral.params(body(), "").skip_special_tokens is False
+    assert mistral.params(body(tool_choice="none"), "").skip_special_tokens is True
+    assert mistral.params(read_chat({"messages": body().messages}), "").skip_special_tokens is True
+    assert MessageFormat("openai_gptoss").params(body(), "").skip_special_tokens is False
     ids = {mistral.call_id() for _ in range(20)}
     assert len(ids) == 20 and all(len(one) == 9 and one.isalnum() for one in ids)
 
@@ -176,3 +217,23 @@ def test_names_that_there_are_not():
         MessageFormat("deep", None)
     with pytest.raises(ConfigError, match=r"tool_call_parser is 'x', expected hermes"):
         MessageFormat(None, "x")
+
+
+@pytest.mark.parametrize(
+    ("message_format", "prompt", "markers"),
+    [
+        (PLAIN, "<think>", {}),
+        (QWEN, "<|assistant|>", {"reasoning_start": "<think>", "reasoning_end": "</think>"}),
+        (QWEN, "<|assistant|><think>\n", {"reasoning_end": "</think>"}),
+        (QWEN, "<|assistant|><think>\n\n</think>\n\n", {}),
+        (MessageFormat("deepseek_r1"), "<|assistant|>", {"reasoning_end": "</think>"}),
+        (
+            MessageFormat("openai_gptoss"),
+            "<|start|>assistant",
+            {"reasoning_end": "<|channel|>final<|message|>"},
+        ),
+    ],
+)
+def test_a_form_holds_after_the_reasoning(message_format, prompt, markers):
+    params = message_format.params(body(response_format={"type": "json_object"}), prompt)
+    assert params.structured_outputs.to_json() == {"json_object": True, **markers}

@@ -110,18 +110,18 @@ def test_an_echo_of_nothing_but_the_prompt():
 
 def test_what_is_passed_through():
     body = chat(
-        tools=[TOOL], tool_choice="required", response_format=SCHEMA, priority=-3,
+        tools=[TOOL], tool_choice="auto", priority=-3,
         cache_salt="s", request_id="r-1", user="u", chat_template_kwargs={"enable_thinking": False},
         reasoning_effort="low", documents=[{"text": "d"}], stream=True,
         stream_options={"include_usage": True}, structured_outputs={"regex": "a*"},
         parallel_tool_calls=False, include_reasoning=False, return_token_ids=True, model="m",
         return_tokens_as_token_ids=True, add_special_tokens=False,
     )  # fmt: skip
-    assert (body.tools, body.tool_choice, body.response_format) == ([TOOL], "required", SCHEMA)
+    assert (body.tools, body.tool_choice) == ([TOOL], "auto")
     assert (body.priority, body.cache_salt, body.request_id, body.user) == (-3, "s", "r-1", "u")
     assert body.template_variables == {"enable_thinking": False, "reasoning_effort": "low"}
     assert body.chat_options["enable_thinking"] is False
-    assert body.documents == [{"text": "d"}] and body.structured_outputs == {"regex": "a*"}
+    assert body.documents == [{"text": "d"}] and form(body) == {"regex": "a*"}
     assert body.stream and body.stream_options.include_usage
     assert not body.stream_options.continuous_usage_stats
     assert not body.parallel_tool_calls and not body.include_reasoning
@@ -138,17 +138,53 @@ def test_tools_and_the_choice_among_them():
     assert chat(tools=[TOOL], tool_choice=named).tool_choice == named
 
 
-def test_text_is_no_response_format():
-    assert chat(response_format={"type": "text"}).response_format is None
-    assert chat(response_format={"type": "json_object"}).response_format == {"type": "json_object"}
+def form(body):
+    """The form that the answer must have, as plain data."""
+    wanted = body.params.structured_outputs
+    return None if wanted is None else wanted.to_json()
+
+
+def test_response_formats():
+    assert form(chat()) is None
+    assert form(chat(response_format={"type": "text"})) is None
+    assert form(chat(response_format={"type": "json_object"})) == {"json_object": True}
+    assert form(completion(response_format=SCHEMA)) == {"json": SCHEMA["json_schema"]["schema"]}
 
 
 def test_the_older_names_of_structured_outputs():
-    assert chat(guided_regex="a+").structured_outputs == {"regex": "a+"}
-    assert completion(guided_choice=["a", "b"]).structured_outputs == {"choice": ["a", "b"]}
+    assert form(chat(guided_regex="a+")) == {"regex": "a+"}
+    assert form(completion(guided_choice=["a", "b"])) == {"choice": ("a", "b")}
     for other in ({"structured_outputs": {"regex": "b"}}, {"guided_json": {}}):
         with pytest.raises(ApiError, match="expected one kind of structured output at a time"):
             chat(guided_regex="a+", **other)
+    with pytest.raises(ApiError, match="guided_json: json is wrong, expected a JSON schema") as e:
+        chat(guided_json="{")
+    assert e.value.param == "guided_json"
+
+
+def tool(name, parameters):
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def test_tools_that_must_be_called_give_the_form():
+    place = {"type": "object", "properties": {"at": {"$ref": "#/$defs/P"}}, "$defs": {"P": {}}}
+    tools = [tool("f", place), {"type": "function", "function": {"name": "g"}}]
+    named = {"type": "function", "function": {"name": "f"}}
+    assert form(chat(tools=tools, tool_choice=named)) == {"json": place}
+    found = form(chat(tools=tools, tool_choice="required", parallel_tool_calls=False))["json"]
+    assert (found["type"], found["minItems"], found["maxItems"]) == ("array", 1, 1)
+    first, second = found["items"]["anyOf"]
+    assert first["properties"]["name"] == {"const": "f"} and first["required"][0] == "name"
+    assert first["properties"]["parameters"] == {
+        "type": "object", "properties": {"at": {"$ref": "#/$defs/P"}}
+    }  # fmt: skip
+    assert found["$defs"] == {"P": {}} and second["properties"]["name"] == {"const": "g"}
+    assert "maxItems" not in form(chat(tools=tools, tool_choice="required"))["json"]
+    other = tool("h", {"type": "object", "$defs": {"P": {"type": "null"}}})
+    with pytest.raises(ApiError, match=r"tools have different \$defs of the name 'P'"):
+        chat(tools=[*tools, other], tool_choice="required")
+    with pytest.raises(ApiError, match="parameters are wrong"):
+        chat(tools=[tool("f", "x")], tool_choice="required")
 
 
 def test_a_message_may_be_in_parts_and_may_be_gone_on_with():

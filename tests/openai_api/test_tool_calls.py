@@ -141,6 +141,6 @@ def test_any_cut_gives_the_same_message_and_nothing_raises(name, parts, places):
      "[TOOL_CALLS]" * 8000, '<tool_call>{"name": "f", "arguments": {' + "[{" * 50_000],
 )  # fmt: skip
 def test_S24_long_and_odd_texts_take_little_time(name, text):
-    start = time.perf_counter()
+    start = time.process_time()
     read(name, text)
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import struct
 import threading
@@ -264,6 +265,7 @@ min_tokens logprobs top_logprobs prompt_logprobs logit_bias echo stream stream_o
 presence_penalty frequency_penalty repetition_penalty response_format tools tool_choice cache_salt
 priority request_id add_special_tokens ignore_eos skip_special_tokens truncate_prompt_tokens
 chat_template chat_template_kwargs documents continue_final_message bad_words allowed_token_ids
+structured_outputs guided_json guided_regex guided_choice guided_grammar
 """.split()
 
 
@@ -285,14 +287,118 @@ def test_S16_S19_S25_every_type_in_every_field(server, path):
 
 
 def test_what_is_not_built_is_refused_by_name(server):
-    tool = {"type": "function", "function": {"name": "f"}}
-    for field, options in [
-        ("response_format", {"response_format": {"type": "json_object"}}),
-        ("tool_choice", {"tools": [tool], "tool_choice": "required"}),
-    ]:
-        reply = server.post(CHAT, {"messages": user("a"), **options})
-        assert reply.status == 400 and reply.error["param"] == field
     assert server.complete(suffix="b").error["param"] == "suffix"
+
+
+# ---- forms and tools ---------------------------------------------------------------------------
+PET = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 30},
+        "kind": {"enum": ["cat", "dog"]},
+        "friends": {"type": "array", "maxItems": 2, "items": {"type": "string", "maxLength": 8}},
+    },
+    "required": ["name", "age", "kind", "friends"],
+    "additionalProperties": False,
+}
+
+
+def assert_a_pet(found):
+    assert list(found) == ["name", "age", "kind", "friends"]
+    assert isinstance(found["name"], str) and len(found["name"]) <= 12
+    assert type(found["age"]) is int and 0 <= found["age"] <= 30
+    assert found["kind"] in ("cat", "dog") and len(found["friends"]) <= 2
+
+
+def test_json_schema_through_the_client(client, llm):
+    form = {"type": "json_schema", "json_schema": {"name": "pet", "schema": PET, "strict": True}}
+    for temperature in (0, 1):
+        options = {
+            "model": "pace-nb-demo", "messages": user("A pet?"), "response_format": form,
+            "temperature": temperature, "seed": 7, "max_tokens": 300,
+        }  # fmt: skip
+        got = client.chat.completions.create(**options)
+        assert_a_pet(json.loads(got.choices[0].message.content))
+        assert got.choices[0].finish_reason == "stop"
+        chunks = client.chat.completions.create(**options, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == got.choices[0].message.content
+        if temperature == 0:
+            params = SamplingParams(temperature=0, max_tokens=300, structured_outputs={"json": PET})
+            (expected,) = llm.chat([user("A pet?")], params, use_tqdm=False)
+            assert expected.outputs[0].text == text
+            assert expected.outputs[0].finish_reason == "stop"
+
+
+def test_other_forms_under_vllms_names(server):
+    reply = server.complete(structured_outputs={"choice": ["yes", "no"]}, n=2, temperature=1)
+    assert {one["text"] for one in reply.json()["choices"]} <= {"yes", "no"}
+    assert {one["finish_reason"] for one in reply.json()["choices"]} == {"stop"}
+    form = {"guided_regex": "[A-C]{3}-[0-9]{2}", "ignore_eos": True, "min_tokens": 1}
+    (choice,) = server.complete(**form).json()["choices"]
+    assert re.fullmatch(form["guided_regex"], choice["text"])
+    assert choice["finish_reason"] == "stop" and choice["stop_reason"] is None
+    grammar = 'root ::= "<" [a-c] ">"'
+    text = server.complete(guided_grammar=grammar).json()["choices"][0]["text"]
+    assert text in ("<a>", "<b>", "<c>")
+    body = {"messages": user("a"), "max_tokens": 400, "response_format": {"type": "json_object"}}
+    reply = server.post(CHAT, {**body, "seed": 1})
+    (choice,) = reply.json()["choices"]
+    assert choice["message"]["content"].startswith("{")
+    if choice["finish_reason"] == "stop":
+        assert isinstance(json.loads(choice["message"]["content"]), dict)
+
+
+def test_S23_a_form_that_cannot_be_is_a_400_and_the_server_goes_on(server, client):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "words"}}}
+    with pytest.raises(openai.BadRequestError, match="json cannot be followed") as caught:
+        client.chat.completions.create(model="", messages=user("a"), response_format=form)
+    assert "\n" not in caught.value.body["message"]
+    for wrong in [{"regex": "("}, {"grammar": "start: foo"}, {"xml": "a"}, {"json": "{"}, {}]:
+        reply = server.complete(structured_outputs=wrong)
+        assert reply.status == 400 and "structured_outputs" in reply.error["message"], wrong
+    deep = {"type": "string"}
+    for _ in range(40):
+        deep = {"type": "array", "items": deep}
+    assert "nested at most" in server.complete(guided_json=deep).error["message"]
+    assert server.complete(max_tokens=1).status == 200
+
+
+def tools():
+    function = {"name": "save_pet", "description": "Keep it.", "parameters": PET}
+    return [{"type": "function", "function": function},
+            {"type": "function", "function": {"name": "nothing"}}]  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", ["required", "save_pet"])
+def test_tools_that_must_be_called(client, choice):
+    if choice != "required":
+        choice = {"type": "function", "function": {"name": choice}}
+    options = {
+        "model": "pace-nb-demo", "messages": user("A pet?"), "tools": tools(), "seed": 3,
+        "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 400,
+    }  # fmt: skip
+    got = client.chat.completions.create(**options)
+    assert got.choices[0].finish_reason == "tool_calls"
+    (call,) = got.choices[0].message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    if call.function.name == "save_pet":
+        assert_a_pet(arguments)
+    assert call.id and call.type == "function" and got.choices[0].message.content is None
+    with client.chat.completions.stream(**options) as stream:
+        final = stream.get_final_completion()
+    (streamed,) = final.choices[0].message.tool_calls
+    assert streamed.function.name == call.function.name
+    assert streamed.function.arguments == call.function.arguments
+
+
+def test_tools_are_shown_and_text_stays_text(client):
+    got = client.chat.completions.create(
+        model="", messages=user("Hi"), tools=tools(), temperature=0, max_tokens=8
+    )
+    assert got.choices[0].message.content and got.choices[0].message.tool_calls is None
+    assert got.choices[0].finish_reason == "length"
 
 
 # ---- what ends it ------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ def test_parameters_survive_and_defaults_are_not_sent():
         n=3, temperature=0.5, seed=2**64 - 1, stop=["a", "b"], logit_bias={5: -1.5},
         max_tokens=None, allowed_token_ids=[1, 2],
         bad_words=["no"], logprobs=0, prompt_logprobs=2, min_p=0.1,
+        structured_outputs={"json": {"type": "object"}, "disable_any_whitespace": True},
         stop_token_ids=[7], ignore_eos=True, top_k=5, top_p=0.9, repetition_penalty=1.1,
     )  # fmt: skip
     assert wire.params_from_json(through_json(wire.params_to_json(params))) == params
