@@ -134,7 +134,7 @@ def test_text_can_be_read_in_both_schemes(scheme):
     colours = dict(re.findall(r"--([\w-]+): (#\w{6});", light if scheme == "light" else dark))
     pairs = [
         *itertools.product(("text", "faint"), ("page", "surface")), ("text", "mine"),
-        ("on-accent", "accent"), ("error", "error-surface"),
+        ("on-accent", "accent"), ("error", "error-surface"), ("error", "surface"),
     ]  # fmt: skip
     for front, back in pairs:
         bright, dim = sorted((luminance(colours[front]), luminance(colours[back])), reverse=True)

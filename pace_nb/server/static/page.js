@@ -166,7 +166,10 @@ function setState(kind, words) {
 function wantKey(words) {
   keyRefused = true;
   byId("key-form").hidden = false;
-  if (apiKey()) byId("key-note").textContent = words;
+  if (apiKey()) {
+    byId("key-note").textContent = words;
+    byId("key-note").classList.add("refused");
+  }
   byId("key").focus();
 }
 
