@@ -14,6 +14,8 @@ import pytest
 import pace_nb
 from pace_nb.engine.structured_output import GrammarCompiler
 from pace_nb.errors import InvalidRequestError
+from pace_nb.llm import LLM
+from pace_nb.sampling_params import SamplingParams
 from pace_nb.structured_outputs import StructuredOutputsParams
 from pace_nb.tokenizer import Tokenizer
 
@@ -200,3 +202,23 @@ def test_the_package_may_be_missing(compiler, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(InvalidRequestError, match=r"llguidance: pip install 'pace-nb\[server\]'"):
         compiler.compile(StructuredOutputsParams(regex="a"))
+
+
+def test_a_form_is_kept_to_with_speculation_as_without():
+    """Guesses hold, and go on past the place where the form is complete."""
+    line = "the small cat sat on the old mat."
+    form = {"choice": [line, "a dog sat on a log."]}
+    params = [
+        SamplingParams(temperature=t, seed=5, max_tokens=40, structured_outputs=form)
+        for t in (0, 1)
+    ]
+    guessing = {"method": "prompt_lookup", "num_speculative_tokens": 3, "adaptive": False}
+    found = []
+    for config in (None, guessing):
+        with LLM(kernels="reference", speculative_config=config) as llm:
+            outputs = llm.generate([f"{line} {line} {line} "] * 2, params, use_tqdm=False)
+            found.append([(one.outputs[0].text, one.outputs[0].token_ids) for one in outputs])
+            stats = llm.get_speculative_stats()
+        assert {one.outputs[0].finish_reason for one in outputs} == {"stop"}
+    assert found[0] == found[1] and {text for text, _ in found[0]} <= set(form["choice"])
+    assert stats.num_accepted_tokens > 3
