@@ -122,7 +122,7 @@ def rope(
     interleaved: bool = False,
     dtype: DTypeLike = np.float32,
 ) -> Array:
-    """Rotate the first R dims of each head of x, copy the rest.
+    """Rotate the first R dims of each head of x, copy the rest (all of them where R is 0).
 
     x [T, H, D] f32, any strides with a contiguous last axis; positions int32 [T]; cos, sin
     [P, R/2] f32; out [T, H, D] f32 or BF16, allocated as `dtype` if None. `interleaved`: pairs are
@@ -133,8 +133,8 @@ def rope(
     require("rope", "positions", positions, (tokens,), (np.int32,))
     require("rope", "cos", cos, ("P", "R/2"))
     require("rope", "sin", sin, cos.shape)
-    if not 2 <= 2 * cos.shape[1] <= d:
-        raise ValueError(f"rope: cos has shape {cos.shape}, expected R/2 from 1 to D/2 = {d / 2:g}")
+    if 2 * cos.shape[1] > d:
+        raise ValueError(f"rope: cos has shape {cos.shape}, expected R/2 from 0 to D/2 = {d / 2:g}")
     in_range("rope", "positions", positions, len(cos))
     if out is None:
         out = np.empty(x.shape, dtype)

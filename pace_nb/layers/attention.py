@@ -22,7 +22,6 @@ from pace_nb.kernels import (
     attention_decode,
     attention_plan,
     attention_prefill,
-    bf16,
     kv_write,
     rope,
 )
@@ -167,7 +166,7 @@ class Attention:
 def rotated(x: Float32Array, rotation: Rotation | None, storage: np.dtype[Any]) -> NDArray[Any]:
     """x f32[T, H, D] in storage dtype, rotated where there is a rotation; rounded once."""
     if rotation is None:
-        return bf16.from_f32(x) if storage == np.uint16 else np.ascontiguousarray(x)
+        rotation = Rotation(_NO_ANGLE, _NO_ANGLE, np.zeros(len(x), np.int32), False)
     return rope.rope(
         x,
         rotation.rows,
@@ -176,3 +175,6 @@ def rotated(x: Float32Array, rotation: Rotation | None, storage: np.dtype[Any]) 
         out=np.empty(x.shape, storage),
         interleaved=rotation.interleaved,
     )
+
+
+_NO_ANGLE = np.empty((1, 0), np.float32)  # a table of which no dim is rotated

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pace_nb.kernels import jit
-from pace_nb.kernels.bf16 import narrow, widen
+from pace_nb.kernels.bf16 import from_f32, narrow, widen
 from pace_nb.kernels.rope import rope, rope_ref
 
 Array = NDArray[Any]
@@ -176,7 +176,7 @@ def test_no_tokens_is_fine() -> None:
         ({"positions": np.array([0, -1], np.int32)}, "positions holds -1"),
         ({"sin": np.zeros((39, 4), F32)}, r"sin has shape \(39, 4\), expected \(40, 4\)"),
         ({"cos": np.zeros((40, 4))}, "cos has dtype float64"),
-        ({"x": np.zeros((2, 1, 7), F32)}, r"cos has shape \(40, 4\), expected R/2 from 1 to D/2"),
+        ({"x": np.zeros((2, 1, 7), F32)}, r"cos has shape \(40, 4\), expected R/2 from 0 to D/2"),
         ({"out": np.zeros((2, 1, 9), F32)}, r"out has shape \(2, 1, 9\), expected \(2, 1, 8\)"),
         ({"out": np.zeros((2, 1, 16), F32)[..., ::2]}, "out is not a contiguous"),
         ({"dtype": np.float64}, "out has dtype float64, expected uint16 or float32"),
@@ -187,3 +187,13 @@ def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> N
     arguments = {"x": x, "positions": positions, "cos": cos, "sin": sin} | change
     with pytest.raises((TypeError, ValueError), match=f"^rope: {message}"):
         rope(**arguments)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [F32, np.uint16])
+def test_without_rotated_dims_it_stores(interleaved: bool, dtype: Any) -> None:
+    """What models without rotary positions do with queries and keys."""
+    x = np.random.default_rng(5).standard_normal((3, 4, 50)).astype(F32)[:, 1:3, :24]
+    none = np.empty((1, 0), F32)
+    out = rope(x, np.zeros(3, np.int32), none, none, interleaved=interleaved, dtype=dtype)
+    np.testing.assert_array_equal(out, from_f32(x) if dtype == np.uint16 else x)
