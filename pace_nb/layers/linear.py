@@ -52,9 +52,10 @@ class Linear(Module):
                 [weights.vector(f"{part}.bias", (rows,)) for part, rows in parts]
             )
 
-    def __call__(self, x: NDArray[Any]) -> Float32Array:
-        """x[T, K] storage dtype -> f32[T, N]. ValueError naming the shapes when they do not fit."""
-        return gemm.gemm(x, self._weight, self._bias)
+    def __call__(self, x: NDArray[Any], out: Float32Array | None = None) -> Float32Array:
+        """x[T, K] storage dtype -> f32[T, N], `out` where it is given. ValueError naming the shapes
+        when they do not fit."""
+        return gemm.gemm(x, self._weight, self._bias, out)
 
 
 class FusedLinear(Linear):
