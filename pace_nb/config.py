@@ -295,6 +295,8 @@ class CacheConfig:
         max_model_len: Longest sequence; it sets how far a contiguous sequence grows at a time.
         block_size: Tokens of a block, a multiple of 16; for "contiguous" always 16.
         enable_prefix_caching: Share beginnings, where the kind can.
+        max_num_seqs, max_step_tokens: Sequences there are at most, and tokens that one of them gets
+            in a step; None = not known. They bound the room of layers with a window.
 
     Raises:
         ConfigError: for a size that is not positive or not such a multiple.
@@ -305,11 +307,16 @@ class CacheConfig:
     max_model_len: int
     block_size: int = 16
     enable_prefix_caching: bool = False
+    max_num_seqs: int | None = None
+    max_step_tokens: int | None = None
 
     def __post_init__(self) -> None:
         _expect_choice("kind", self.kind, KV_CACHE_KINDS)
         _expect_positive("num_tokens", self.num_tokens)
         _expect_positive("max_model_len", self.max_model_len)
+        for name in ("max_num_seqs", "max_step_tokens"):
+            if getattr(self, name) is not None:
+                _expect_positive(name, getattr(self, name))
         _expect_block_size(self.block_size)
         if self.num_tokens % self.block_size:
             raise ConfigError(

@@ -23,6 +23,9 @@ Three kinds. They differ in where a sequence lies and in nothing that comes out:
     slab         blocks from one pool, each owned by one sequence
     paged        blocks that sequences with a common beginning share (prefix caching)
 
+Layers with a sliding window, or with attention in chunks of positions, see a part of a sequence.
+Slab and paged keep that part for them and no more (blocks.py); contiguous keeps all.
+
 Prefix caching needs to know which tokens a block holds. So a cache is told twice: `reuse`, when a
 request is behind, asks what is there of its tokens already; `commit`, when the model has computed
 tokens and what it gave was sound, says that others may use them. Kinds that share nothing answer 0
@@ -61,6 +64,8 @@ class KVCacheConfig:
 
     keys_by_length: the keys of a token depend on more than the tokens up to it, namely on how long
     its sequence is (longrope, dynamic NTK). Then two sequences cannot share their beginning.
+    windows, chunks: per layer, what `layers/attention.py` is given, 0 = it sees all before it; left
+    empty where no layer has any.
 
     Raises ConfigError for values that no cache can have.
     """
@@ -70,6 +75,8 @@ class KVCacheConfig:
     head_dim: int
     dtype: str
     keys_by_length: bool = False
+    windows: tuple[int, ...] = ()
+    chunks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in ("bfloat16", "float32"):
@@ -79,6 +86,33 @@ class KVCacheConfig:
                 f"KV cache: num_layers {self.num_layers}, num_kv_heads {self.num_kv_heads} and "
                 f"head_dim {self.head_dim} must be at least 1, head_dim even for bfloat16"
             )
+        for name, values in (("windows", self.windows), ("chunks", self.chunks)):
+            if len(values) not in (0, self.num_layers) or min(values, default=0) < 0:
+                raise ConfigError(
+                    f"KV cache: {name} is {values}, expected one number from 0 per layer, "
+                    f"{self.num_layers} in all"
+                )
+
+    def groups(self, max_model_len: int) -> tuple[LayerGroup, ...]:
+        """Layers that see equally far, those that see a whole sequence first.
+
+        One group where `keys_by_length`: such a sequence may have to begin anew where it is, with
+        room for all its tokens.
+        """
+        if self.keys_by_length:
+            return (self.whole,)
+        windows = self.windows or (0,) * self.num_layers
+        chunks = self.chunks or (0,) * self.num_layers
+        found: dict[tuple[int, int], list[int]] = {}
+        for layer, (window, chunk) in enumerate(zip(windows, chunks, strict=True)):
+            sees = (window, chunk) if 0 < max(window, chunk) < max_model_len else (0, 0)
+            found.setdefault(sees, []).append(layer)
+        return tuple(LayerGroup(tuple(layers), *sees) for sees, layers in sorted(found.items()))
+
+    @property
+    def whole(self) -> LayerGroup:
+        """All layers as one group that keeps everything."""
+        return LayerGroup(tuple(range(self.num_layers)), 0, 0)
 
     @property
     def pair(self) -> int:
@@ -98,23 +132,49 @@ class KVCacheConfig:
     @property
     def bytes_per_unit(self) -> int:
         """Bytes that 16 tokens take, all layers, keys and values."""
-        per_head = UNIT * (self.head_dim + self.padded_head_dim)
-        return self.num_layers * self.num_kv_heads * per_head * self.storage_dtype.itemsize
+        return self.num_layers * self.layer_bytes_per_unit
 
-    def allocate_layers(self, num_units: int) -> tuple[KVPool, ...]:
+    @property
+    def layer_bytes_per_unit(self) -> int:
+        """The same of one layer."""
+        per_head = UNIT * (self.head_dim + self.padded_head_dim)
+        return self.num_kv_heads * per_head * self.storage_dtype.itemsize
+
+    def allocate_layers(self, num_units: int, num_layers: int | None = None) -> tuple[KVPool, ...]:
         """One pool of `num_units` per layer, zero; pages cost no memory until they are written.
 
-        OutOfMemoryError where the system refuses even that.
+        num_layers: as many, not all. OutOfMemoryError where the system refuses even that.
         """
+        num_layers = self.num_layers if num_layers is None else num_layers
         try:
             return tuple(
                 new_pool(num_units, self.num_kv_heads, self.head_dim, self.storage_dtype)
-                for _ in range(self.num_layers)
+                for _ in range(num_layers)
             )
         except MemoryError as error:
             raise OutOfMemoryError(
-                f"no memory for a KV cache of {num_units * self.bytes_per_unit} bytes"
+                "no memory for a KV cache of "
+                f"{num_units * num_layers * self.layer_bytes_per_unit} bytes"
             ) from error
+
+
+class LayerGroup(NamedTuple):
+    """Layers that see equally far: `window` positions back, or their chunk; neither: all."""
+
+    layers: tuple[int, ...]
+    window: int
+    chunk: int
+
+    @property
+    def reach(self) -> int:
+        """Positions that a token sees at most; 0 = no bound."""
+        return self.window or self.chunk
+
+    def first_key(self, position: int) -> int:
+        """The first position that the token at `position`, or any after it, sees."""
+        if self.chunk:
+            return position // self.chunk * self.chunk
+        return max(0, position + 1 - self.window) if self.window else 0
 
 
 class KVView(NamedTuple):
@@ -125,9 +185,9 @@ class KVView(NamedTuple):
 
 
 class BatchKV(NamedTuple):
-    """The cache as one batch sees it: what `model(batch, kv)` is given."""
+    """The cache as one batch sees it: what `model(batch, kv)` is given. `views` by layer."""
 
-    view: KVView
+    views: tuple[KVView, ...]
     cache: KVCache
 
     def layer(self, index: int) -> KVPool:
@@ -183,12 +243,18 @@ class KVCache(Protocol):
     def allocate(self, request_id: str, num_tokens: int) -> bool:
         """Give the request room for `num_tokens` in total, keeping what it has stored.
 
+        A layer with a window needs room for what it sees only; `view` says how.
+
         Asking for fewer than it has room for changes nothing. False = no room, and nothing has
         changed.
         """
 
     def truncate(self, request_id: str, num_tokens: int) -> None:
-        """Forget all but the first `num_tokens`; room not needed for them may go back."""
+        """Forget all but the first `num_tokens`; room not needed for them may go back.
+
+        Never below the first position of the request's last step, unless to 0: what a window had
+        passed by then is gone.
+        """
 
     def free(self, request_id: str, *, zero: bool = False) -> None:
         """Give back all the request owns (unknown ids: nothing).
@@ -215,8 +281,13 @@ class KVCache(Protocol):
         `token_ids` begins with these tokens; it is read here and not kept.
         """
 
-    def view(self, batch: Batch) -> KVView:
-        """Where the batch's requests live; RuntimeError if one has no room for its context."""
+    def view(self, batch: Batch) -> tuple[KVView, ...]:
+        """Where the batch's requests live, per layer. Asked once for each batch that is run.
+
+        What no token of a request sees from its first position in the batch on may be gone from
+        then: layers with a window keep that much (-1 in the table). A batch that goes back behind
+        that is a RuntimeError, and so is one that needs more than a request has room for.
+        """
 
     def layer(self, index: int) -> KVPool:
         """Pool of layer `index`."""

@@ -4,6 +4,10 @@ Knows where the system says how much memory there is. Does not know what is done
 
     tokens = min(memory // bytes per block, max_num_seqs * blocks of max_model_len) * block size
 
+Layers with a sliding window (slab and paged) keep what a sequence can see and write in one step,
+for each of max_num_seqs sequences, and never more than that many tokens: they cost less, so the
+same memory holds more tokens.
+
 Memory is what was asked for, else three quarters of what is available once the weights are loaded:
 the rest is for activations, logits and everybody else. Available is the smaller of what the machine
 has (MemAvailable) and what each cgroup above us still allows, page cache that could be dropped
@@ -13,12 +17,15 @@ counted as free. A page of the pool costs memory only once it has been written.
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from pace_nb.config import CacheConfig, EngineConfig
 from pace_nb.errors import ConfigError, OutOfMemoryError
-from pace_nb.kv_cache.base import UNIT, KVCacheConfig
+from pace_nb.kv_cache.base import UNIT, KVCacheConfig, LayerGroup
+from pace_nb.kv_cache.blocks import num_blocks as blocks_of
 from pace_nb.kv_cache.slab import tuned_block_size
 
 POOL_SHARE = 0.75  # of the available memory
@@ -54,34 +61,72 @@ def cache_budget(
     block_size = config.block_size or (
         tuned_block_size(model) if config.kv_cache == "slab" else UNIT
     )
-    bytes_per_block = block_size // UNIT * model.bytes_per_unit
+
+    def sized(num_blocks: int) -> CacheConfig:
+        num_tokens = num_blocks * block_size
+        return CacheConfig(
+            config.kv_cache,
+            num_tokens,
+            min(max_model_len, num_tokens),
+            block_size,
+            config.prefix_caching,
+            config.max_num_seqs,
+            config.max_num_batched_tokens if config.enable_chunked_prefill else None,
+        )
+
     most_blocks = config.max_num_seqs * -(-max_model_len // block_size)
-    num_blocks = min(memory // bytes_per_block, most_blocks)
+    num_blocks = bisect_right(
+        range(1, most_blocks + 1), memory, key=lambda n: _bytes_of(_pools(model, sized(n)))
+    )
     if num_blocks == 0:
+        least = _bytes_of(_pools(model, sized(1)))
         raise OutOfMemoryError(
-            f"the KV cache needs {bytes_per_block} bytes for {block_size} tokens, its budget is "
+            f"the KV cache needs {least} bytes for {block_size} tokens, its budget is "
             f"{memory} bytes"
         )
-    num_tokens = num_blocks * block_size
+    cache = sized(num_blocks)
+    num_tokens = cache.num_tokens
     if num_tokens < max_model_len and config.max_model_len is not None:
         raise ConfigError(
             f"max_model_len is {max_model_len}, the KV cache holds {num_tokens} tokens in "
             f"{memory} bytes: lower max_model_len or raise kv_cache_memory_bytes"
         )
     source = "asked for" if asked is not None else f"{POOL_SHARE:.0%} of {_mib(available)} left"
+    pools = _pools(model, cache)
     arithmetic = (
-        f"KV cache: {num_tokens} tokens x {model.bytes_per_unit // UNIT} bytes = "
-        f"{_mib(num_blocks * bytes_per_block)}; the least of {_mib(memory)} ({source}) and "
-        f"{config.max_num_seqs} sequences of {max_model_len} tokens"
-    )
-    cache = CacheConfig(
-        config.kv_cache,
-        num_tokens,
-        min(max_model_len, num_tokens),
-        block_size,
-        config.prefix_caching,
+        f"KV cache: {' + '.join(map(str, pools))} = {_mib(_bytes_of(pools))}; the least of "
+        f"{_mib(memory)} ({source}) and {config.max_num_seqs} sequences of {max_model_len} tokens"
     )
     return Budget(cache, arithmetic)
+
+
+class _Pool(NamedTuple):
+    """What a group of layers stores."""
+
+    group: LayerGroup
+    num_tokens: int
+    bytes_per_token: int
+
+    def __str__(self) -> str:
+        reach = f" ({len(self.group.layers)} layers that see {self.group.reach})"
+        return f"{self.num_tokens} tokens x {self.bytes_per_token} bytes" + (
+            reach if self.group.reach else ""
+        )
+
+
+def _pools(model: KVCacheConfig, cache: CacheConfig) -> list[_Pool]:
+    """Those of all groups; a contiguous cache has one, whatever its layers see."""
+    whole = cache.kind == "contiguous"
+    groups = (model.whole,) if whole else model.groups(cache.max_model_len)
+    per_token = model.layer_bytes_per_unit // UNIT
+    return [
+        _Pool(group, blocks_of(group, cache) * cache.block_size, per_token * len(group.layers))
+        for group in groups
+    ]
+
+
+def _bytes_of(pools: Sequence[_Pool]) -> int:
+    return sum(pool.num_tokens * pool.bytes_per_token for pool in pools)
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -12,6 +12,10 @@ of one pool, so that requests share it and a request's size is not fixed when it
            its own units as free while it moves, so whatever fits in an otherwise empty pool fits.
     room   is asked for in whole segments, and without the slack where that does not fit.
 
+A range holds all of a sequence, for layers with a sliding window too: they share it with the others
+(one table for all layers), and its beginning cannot go back while its end stays. Slab and paged let
+go what the windows have passed.
+
 Block table: one entry, the first unit of the range; a "block" is longer than any pool.
 Source: PACE `pace/llm/attention/contiguous/cache.py` (BMCKVCache).
 """
@@ -96,10 +100,11 @@ class ContiguousCache:
     ) -> None:
         """Nothing: see `reuse`."""
 
-    def view(self, batch: Batch) -> KVView:
+    def view(self, batch: Batch) -> tuple[KVView, ...]:
         """block_table int64[B, 1]; RuntimeError if a request has no room for its context."""
         starts = {request_id: (owned.start,) for request_id, owned in self._ranges.items()}
-        return view_of(batch, starts, self._num_tokens, UNITS_PER_BLOCK)
+        view = view_of(batch, starts, self._num_tokens, UNITS_PER_BLOCK)
+        return (view,) * len(self._layers)
 
     def layer(self, index: int) -> KVPool:
         """Pool of layer `index`."""

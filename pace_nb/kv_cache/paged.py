@@ -1,7 +1,7 @@
 """`PagedCache`: blocks that sequences with the same beginning share, kept for whoever comes next.
 
-Knows blocks, how many sequences use each, and which tokens each full one holds. Does not know
-layers' arithmetic or who deserves room.
+Knows which tokens a full block holds, and who may have it. Does not know how blocks are kept
+(blocks.py), layers' arithmetic or who deserves room.
 
 A block is in one of three states:
 
@@ -16,11 +16,16 @@ the block before it, the first of the salt, so by all tokens up to its end:
     digest[i] = BLAKE2b(digest[i - 1] + token ids of block i, 4 bytes each)
 
 `reuse` follows a request's blocks through the table of digests as far as they are there. A digest
-is only a way to find a block: token ids, salt and the block before are compared, so two sequences
-whose digests collide do not get each other's keys. `commit` puts full blocks into the table; where
-an equal one is there already, the request uses that from now on and gives its own back. What is in
-the table never changes: a request that cuts itself back (`truncate`) and grows again writes into a
-copy of its last block, or takes it out of the table where nobody else uses it.
+is only a way to find what is the same: token ids, salt and the content before are compared, so two
+sequences whose digests collide do not get each other's keys. `commit` puts full blocks into the
+table; where an equal one is there already, the request uses that from now on and gives its own
+back. What is in the table never changes: a request that cuts itself back (`truncate`) and grows
+again writes into a copy of its last block, or takes it out of the table where nobody else uses it.
+
+A content may have a block in each group of layers. Those with a window give theirs back when it has
+passed, so a beginning is found up to a point where every group has all that the next token sees:
+all blocks before it, or those in its window. The table knows a content for as long as any block, or
+any later content, stands on it.
 
 Only what was committed is ever found, and the engine commits a request's blocks once its logits
 were finite. The blocks of a request that fails leave the table, whoever computed them: if one of
@@ -34,28 +39,28 @@ Source: vLLM v1 `vllm/v1/core/block_pool.py`, `kv_cache_utils.py`; Kwon et al. 2
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-
-import numpy as np
+from weakref import WeakValueDictionary
 
 from pace_nb.batch import Batch
 from pace_nb.config import CacheConfig
-from pace_nb.kv_cache.base import UNIT, KVCacheConfig, KVPool, KVView, no_room, zero_units
+from pace_nb.kv_cache.base import KVCacheConfig, KVPool, KVView
+from pace_nb.kv_cache.blocks import BlockGroup, groups_by_layer, num_free_tokens
 
 DIGEST_SIZE = 32  # bytes: no collision is expected, or can be made
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class _Content:
-    """What a full block holds: its tokens and, by way of the block before it, all before them."""
+    """What a full block holds: its tokens and, by way of the one before, all before them."""
 
     digest: bytes
     token_ids: bytes
     before: _Content | None  # None for the first block
     salt: str | None
+    sound: bool = True  # False: it was in the hands of a request that failed
 
     def equals(self, other: _Content) -> bool:
         """The same tokens after the same tokens; every content in the table of digests is one
@@ -66,69 +71,58 @@ class _Content:
 
 @dataclass(slots=True)
 class _Sequence:
-    """What a request has."""
+    """What a request has, beside its blocks."""
 
-    table: array[int] = field(default_factory=lambda: array("q"))  # its blocks, in order
-    num_tokens: int = 0  # that it may store there
-    num_committed: int = 0  # blocks, from the first, that `commit` or `reuse` is done with
-    packed: bytes | None = None  # `table` as `view` needs it; None where it has changed since
+    num_tokens: int = 0  # that it may store
+    contents: list[_Content] = field(default_factory=list)  # of its blocks that are committed
 
 
 class PagedCache:
-    """The `paged` KV cache (protocol: base.KVCache). A block goes by its first unit's number."""
+    """The `paged` KV cache (protocol: base.KVCache)."""
 
     def __init__(self, model: KVCacheConfig, config: CacheConfig) -> None:
         self._block_size = config.block_size
-        self._units_per_block = config.block_size // UNIT
-        self._num_units = config.num_tokens // UNIT
+        self._num_tokens_in_pool = config.num_tokens
         self._caching = config.enable_prefix_caching and not model.keys_by_length
-        self._layers = model.allocate_layers(self._num_units)
-        blocks = range(0, self._num_units, self._units_per_block)
+        groups = model.groups(config.max_model_len)
+        self._groups = [BlockGroup(model, group, config) for group in groups]
+        self._group_of = groups_by_layer(self._groups)
         self._sequences: dict[str, _Sequence] = {}
-        self._refs = dict.fromkeys(blocks, 0)  # block: sequences that use it
-        self._free = list(blocks)[::-1]  # a stack
-        self._cached: OrderedDict[int, None] = OrderedDict()  # the longest unused first
-        self._contents: dict[int, _Content] = {}  # of blocks that are used or cached
-        self._by_digest: dict[bytes, int] = {}  # the block of each content
+        self._by_digest: WeakValueDictionary[bytes, _Content] = WeakValueDictionary()
 
     @property
     def num_total_tokens(self) -> int:
         """Tokens the pool holds."""
-        return self._num_units * UNIT
+        return self._num_tokens_in_pool
 
     @property
     def num_free_tokens(self) -> int:
         """Tokens in blocks that no sequence uses."""
-        return self._num_available * self._block_size
+        return num_free_tokens(self._groups[0], self._num_tokens_in_pool, self._block_size)
 
     def allocate(self, request_id: str, num_tokens: int) -> bool:
         """Give the request room for `num_tokens` in total; False = no room, nothing has changed."""
         sequence = self._sequences.get(request_id) or _Sequence()
-        if num_tokens > sequence.num_tokens:
-            table, sequence.packed = sequence.table, None
-            last, used = divmod(sequence.num_tokens, self._block_size)
-            # The last block is written to if it has room left. Others may use it after `truncate`.
-            copied = bool(used) and self._refs[table[last]] > 1
-            num_new = self._num_blocks(num_tokens) - len(table)
-            if num_new + copied > self._num_available:
+        old = sequence.num_tokens
+        if num_tokens > old:
+            if not all(group.can_grow(request_id, old, num_tokens) for group in self._groups):
                 return False
-            if copied:
-                table[last] = self._copy(table[last])
-            elif used:
-                self._forget(table[last])
-            table.extend(self._take() for _ in range(num_new))
+            for group in self._groups:
+                group.grow(request_id, old, num_tokens)
             sequence.num_tokens = num_tokens
-        self._sequences[request_id] = sequence
+        self._open(request_id, sequence)
         return True
 
     def truncate(self, request_id: str, num_tokens: int) -> None:
         """Forget all but the first `num_tokens`; blocks that hold nothing more go back."""
         sequence = self._sequences[request_id]
-        sequence.packed = None
-        sequence.num_tokens = kept = min(num_tokens, sequence.num_tokens)
-        sequence.num_committed = min(sequence.num_committed, kept // self._block_size)
-        self._give_back(sequence.table[self._num_blocks(kept) :])
-        del sequence.table[self._num_blocks(kept) :]
+        kept = min(num_tokens, sequence.num_tokens)
+        for group in self._groups:
+            group.check_cut(request_id, kept)
+        for group in self._groups:
+            group.cut(request_id, kept)
+        sequence.num_tokens = kept
+        del sequence.contents[kept // self._block_size :]
 
     def free(self, request_id: str, *, zero: bool = False) -> None:
         """Give back all the request owns (unknown ids: nothing).
@@ -137,11 +131,10 @@ class PagedCache:
         """
         sequence = self._sequences.pop(request_id, _Sequence())
         if zero:
-            for block in sequence.table:
-                self._forget(block)
-                if self._refs[block] == 1:
-                    zero_units(self._layers, block, block + self._units_per_block)
-        self._give_back(sequence.table)
+            for content in sequence.contents:
+                self._condemn(content)
+        for group in self._groups:
+            group.drop(request_id, zero=zero)
 
     def reuse(
         self, request_id: str, token_ids: Sequence[int], num_tokens: int, salt: str | None
@@ -152,178 +145,146 @@ class PagedCache:
         Where it has blocks for them already, those go back.
         """
         sequence = self._sequences.get(request_id) or _Sequence()
-        while self._has_more(sequence, num_tokens):
-            block = self._find(self._next_content(sequence, token_ids, salt))
-            if block is None:
-                break
-            self._use(sequence, block)
-        found = sequence.num_committed * self._block_size
-        if found:
-            sequence.num_tokens = max(sequence.num_tokens, found)
-            self._sequences[request_id] = sequence
-        return found
+        own = len(sequence.contents)
+        found = self._found(request_id, sequence.contents, token_ids, num_tokens, salt)
+        end = len(found)
+        if end > own:
+            for group in self._groups:
+                group.open(request_id)
+                group.reserve(request_id, end * self._block_size)
+                first = group.sees_from(end * self._block_size)
+                group.release(request_id, first)
+                first = max(first, own)
+                group.use(request_id, first, [group.block_of[one] for one in found[first:]])
+            sequence.contents = found
+            sequence.num_tokens = max(sequence.num_tokens, end * self._block_size)
+            self._open(request_id, sequence)
+        return end * self._block_size
 
     def commit(
         self, request_id: str, token_ids: Sequence[int], num_tokens: int, salt: str | None
     ) -> None:
         """Let others use the blocks that the first `num_tokens` tokens of the request fill."""
-        sequence = self._sequences[request_id]
-        while self._has_more(sequence, num_tokens):
-            content = self._next_content(sequence, token_ids, salt)
+        if not self._caching:
+            return
+        contents = self._sequences[request_id].contents
+        while (len(contents) + 1) * self._block_size <= num_tokens:
+            content = self._next_content(contents, token_ids, salt)
             if content is None:
                 break
-            block = self._find(content)
-            if block is None:
-                self._add(sequence.table[sequence.num_committed], content)
-                sequence.num_committed += 1
-            else:
-                self._use(sequence, block)
+            known = self._known(content)
+            if known is None:
+                self._by_digest[content.digest] = known = content  # of two, the later stays
+            index = len(contents)
+            for group in self._groups:
+                if index < group.num_gone(request_id):
+                    continue
+                block = group.tables[request_id][index]
+                other = group.block_of.get(known)
+                if other is None:
+                    group.add(block, known)
+                elif other != block:
+                    group.use(request_id, index, [other])
+            contents.append(known)
 
-    def view(self, batch: Batch) -> KVView:
-        """block_table int64[B, X]; RuntimeError if a request has no room for its context."""
-        rows = []
-        for request_id, context_len in zip(
-            batch.request_ids, batch.context_lens.tolist(), strict=True
-        ):
-            sequence = self._sequences.get(request_id) or _Sequence()
-            if context_len > sequence.num_tokens:
-                raise no_room(request_id, context_len, sequence.num_tokens)
-            if sequence.packed is None:
-                sequence.packed = sequence.table.tobytes()
-            rows.append(sequence.packed)
-        length = max(map(len, rows), default=0)
-        padded = bytearray().join([row.ljust(length, b"\xff") for row in rows])  # -1
-        block_table = np.frombuffer(padded, np.int64).reshape(len(rows), length // 8)
-        return KVView(block_table, self._units_per_block)
+    def view(self, batch: Batch) -> tuple[KVView, ...]:
+        """block_table int64[B, X] per layer; RuntimeError if a request has no room for its
+        context."""
+        room = {
+            request_id: sequence.num_tokens
+            for request_id in batch.request_ids
+            if (sequence := self._sequences.get(request_id))
+        }
+        views = [group.view(batch, room) for group in self._groups]
+        return tuple(views[group] for group, _ in self._group_of)
 
     def layer(self, index: int) -> KVPool:
         """Pool of layer `index`."""
-        return self._layers[index]
+        group, place = self._group_of[index]
+        return self._groups[group].layers[place]
 
     def check(self) -> None:
-        """RuntimeError unless each block is in one state, `refs` counts the tables that hold it,
-        lengths fit, and each content is found under its digest."""
-        counted = dict.fromkeys(self._refs, 0)
+        """RuntimeError unless each block is in one state, refs count the tables that hold it,
+        lengths fit, and what a sequence has committed is what its blocks hold."""
         for request_id, sequence in self._sequences.items():
-            if len(set(sequence.table)) < len(sequence.table):
-                raise RuntimeError(f"request {request_id} has a block twice")
-            if (
-                len(sequence.table) != self._num_blocks(sequence.num_tokens)
-                or sequence.num_committed > sequence.num_tokens // self._block_size
-            ):
+            if len(sequence.contents) > sequence.num_tokens // self._block_size:
                 raise RuntimeError(
-                    f"request {request_id}: {sequence.num_tokens} tokens in "
-                    f"{len(sequence.table)} blocks, {sequence.num_committed} committed"
+                    f"request {request_id}: {sequence.num_tokens} tokens, "
+                    f"{len(sequence.contents)} blocks committed"
                 )
-            for block in sequence.table:
-                counted[block] += 1
-        if counted != self._refs:
-            raise RuntimeError("refs of a block are not the number of tables that hold it")
-        used = [block for block, refs in self._refs.items() if refs]
-        blocks = range(0, self._num_units, self._units_per_block)
-        if sorted([*used, *self._free, *self._cached]) != list(blocks):
-            raise RuntimeError("a block is lost, is not one of the pool's or is in two states")
-        if not self._cached.keys() <= self._contents.keys() <= {*used, *self._cached}:
-            raise RuntimeError("a cached block without content or a free one with content")
-        digests = {content.digest: block for block, content in self._contents.items()}
-        if digests != self._by_digest:
-            raise RuntimeError("contents and the table of digests disagree")
+        for group in self._groups:
+            group.check({name: one.num_tokens for name, one in self._sequences.items()})
+            for content, block in group.block_of.items():
+                if not content.sound or group.contents[block] is not content:
+                    raise RuntimeError("a block that holds what a failed request had")
 
-    # ---- blocks ----
-
-    @property
-    def _num_available(self) -> int:
-        """Blocks that no sequence uses."""
-        return len(self._free) + len(self._cached)
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        """Blocks that so many tokens take."""
-        return -(-num_tokens // self._block_size)
-
-    def _take(self) -> int:
-        """A block for one sequence; the longest unused content goes if there is no free one."""
-        if not self._free:
-            self._forget(next(iter(self._cached)))
-        block = self._free.pop()
-        self._refs[block] = 1
-        return block
-
-    def _give_back(self, blocks: Sequence[int]) -> None:
-        """Blocks that one sequence has used, in its order; its end is the first to be evicted."""
-        for block in reversed(blocks):
-            self._refs[block] -= 1
-            if self._refs[block]:
-                continue
-            if block in self._contents:
-                self._cached[block] = None
-            else:
-                self._free.append(block)
-
-    def _copy(self, block: int) -> int:
-        """A block of one's own with the same in it, for one that others use, too."""
-        copy = self._take()
-        for array_ in (array_ for pool in self._layers for array_ in pool):
-            source = array_[:, block : block + self._units_per_block]
-            array_[:, copy : copy + self._units_per_block] = source
-        self._give_back([block])
-        return copy
+    def _open(self, request_id: str, sequence: _Sequence) -> None:
+        self._sequences[request_id] = sequence
+        for group in self._groups:
+            group.open(request_id)
 
     # ---- contents ----
 
-    def _has_more(self, sequence: _Sequence, num_tokens: int) -> bool:
-        """`num_tokens` fill a block that is not committed yet."""
-        return self._caching and (sequence.num_committed + 1) * self._block_size <= num_tokens
+    def _found(
+        self,
+        request_id: str,
+        contents: list[_Content],
+        token_ids: Sequence[int],
+        num_tokens: int,
+        salt: str | None,
+    ) -> list[_Content]:
+        """`contents`, and those that follow up to where every group has what is seen from there."""
+        found, end = list(contents), len(contents)
+        # Of each group, the block from which on all up to the current one are there.
+        starts = [group.num_gone(request_id) for group in self._groups]
+        while self._caching and (len(found) + 1) * self._block_size <= num_tokens:
+            content = self._next_content(found, token_ids, salt)
+            known = None if content is None else self._known(content)
+            if known is None:
+                break
+            found.append(known)
+            for number, group in enumerate(self._groups):
+                if known not in group.block_of:
+                    starts[number] = max(starts[number], len(found))
+            if any(
+                start and not group.group.reach
+                for start, group in zip(starts, self._groups, strict=True)
+            ):
+                break
+            length = len(found) * self._block_size
+            if all(
+                start <= group.sees_from(length) and group.can_reserve(request_id, length)
+                for start, group in zip(starts, self._groups, strict=True)
+            ):
+                end = len(found)
+        return found[:end]
 
     def _next_content(
-        self, sequence: _Sequence, token_ids: Sequence[int], salt: str | None
+        self, contents: Sequence[_Content], token_ids: Sequence[int], salt: str | None
     ) -> _Content | None:
-        """Of the first block that is not committed; None if the one before has been forgotten."""
-        index = sequence.num_committed
-        before = self._contents.get(sequence.table[index - 1]) if index else None
-        if index and before is None:
+        """Of the block after `contents`; None if the last of them is condemned."""
+        before = contents[-1] if contents else None
+        if before is not None and not before.sound:
             return None
-        new = token_ids[index * self._block_size : (index + 1) * self._block_size]
-        packed = array("i", new).tobytes()
+        start = len(contents) * self._block_size
+        packed = array("i", token_ids[start : start + self._block_size]).tobytes()
         parent = _salt_digest(salt) if before is None else before.digest
         return _Content(_digest(parent, packed), packed, before, salt)
 
-    def _find(self, content: _Content | None) -> int | None:
-        """The block that holds it, if there is one."""
-        block = None if content is None else self._by_digest.get(content.digest)
-        if block is None or content is None or not self._contents[block].equals(content):
-            return None
-        return block
+    def _known(self, content: _Content) -> _Content | None:
+        """The content in the table that is the same, if there is one."""
+        known = self._by_digest.get(content.digest)
+        return known if known is not None and known.equals(content) else None
 
-    def _use(self, sequence: _Sequence, block: int) -> None:
-        """Make `block`, which holds the same, the first one that was not committed."""
-        sequence.packed = None
-        self._refs[block] += 1
-        self._cached.pop(block, None)
-        index = sequence.num_committed
-        if index < len(sequence.table):
-            self._give_back([sequence.table[index]])
-            sequence.table[index] = block
-        else:
-            sequence.table.append(block)
-        sequence.num_committed += 1
-
-    def _add(self, block: int, content: _Content) -> None:
-        """Put a used block into the table of digests; of two with one digest the later stays."""
-        other = self._by_digest.get(content.digest)
-        if other is not None:
-            self._forget(other)
-        self._contents[block] = content
-        self._by_digest[content.digest] = block
-
-    def _forget(self, block: int) -> None:
-        """Take a block, if it is there, out of the table of digests; a cached one is free then."""
-        content = self._contents.pop(block, None)
-        if content is None:
-            return
-        del self._by_digest[content.digest]
-        if block in self._cached:
-            del self._cached[block]
-            self._free.append(block)
+    def _condemn(self, content: _Content) -> None:
+        """Nobody finds it any more, nor what comes after it."""
+        content.sound = False
+        if self._by_digest.get(content.digest) is content:
+            del self._by_digest[content.digest]
+        for group in self._groups:
+            block = group.block_of.get(content)
+            if block is not None:
+                group.forget(block)
 
 
 def _digest(before: bytes, token_ids: bytes) -> bytes:

@@ -1,6 +1,7 @@
-"""`SlabCache`: one pool in blocks of fixed size, each owned by one sequence.
+"""`SlabCache`: blocks of fixed size, each owned by one sequence.
 
-Knows blocks: who owns which, which are free. Does not know layers' arithmetic or who deserves room.
+Knows how large a block is. Does not know which blocks are whose (blocks.py), layers' arithmetic or
+who deserves room.
 
 A sequence takes blocks as it grows and never moves; what it wastes is the rest of its last block.
 Free blocks are a stack: to take or to give back is O(1), and what was used last, and may still be
@@ -16,13 +17,13 @@ half-way through an allocation loses what was taken.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
 from pace_nb.batch import Batch
 from pace_nb.config import CacheConfig
-from pace_nb.kv_cache.base import UNIT, KVCacheConfig, KVPool, KVView, view_of, zero_units
+from pace_nb.kv_cache.base import KVCacheConfig, KVPool, KVView
+from pace_nb.kv_cache.blocks import BlockGroup, groups_by_layer, num_free_tokens
 
 BLOCK_SIZES = (256, 128, 64, 32)  # tokens, PACE's
 DEFAULT_BLOCK_SIZE = 64  # PACE's, where the size of L2 is not known
@@ -47,50 +48,47 @@ class SlabCache:
 
     def __init__(self, model: KVCacheConfig, config: CacheConfig) -> None:
         self._block_size = config.block_size
-        self._units_per_block = config.block_size // UNIT
-        self._num_units = config.num_tokens // UNIT
-        self._layers = model.allocate_layers(self._num_units)
-        self._tables: dict[str, array[int]] = {}  # blocks that a request owns, in order
-        self._num_tokens: dict[str, int] = {}  # tokens it may store there
-        self._free = list(range(0, self._num_units, self._units_per_block))[::-1]  # a stack
+        self._num_tokens_in_pool = config.num_tokens
+        groups = model.groups(config.max_model_len)
+        self._groups = [BlockGroup(model, group, config) for group in groups]
+        self._group_of = groups_by_layer(self._groups)
+        self._num_tokens: dict[str, int] = {}  # tokens that a request may store
 
     @property
     def num_total_tokens(self) -> int:
         """Tokens the pool holds."""
-        return self._num_units * UNIT
+        return self._num_tokens_in_pool
 
     @property
     def num_free_tokens(self) -> int:
         """Tokens in blocks that nobody owns."""
-        return len(self._free) * self._block_size
+        return num_free_tokens(self._groups[0], self._num_tokens_in_pool, self._block_size)
 
     def allocate(self, request_id: str, num_tokens: int) -> bool:
         """Give the request room for `num_tokens` in total; False = no room, nothing has changed."""
-        table = self._tables.get(request_id, array("q"))
-        num_new = self._num_blocks(num_tokens) - len(table)
-        if num_new > len(self._free):
-            return False
-        table.extend(self._free.pop() for _ in range(num_new))
-        self._tables[request_id] = table
-        self._num_tokens[request_id] = max(num_tokens, self._num_tokens.get(request_id, 0))
+        old = self._num_tokens.get(request_id, 0)
+        if num_tokens > old or request_id not in self._num_tokens:
+            if not all(group.can_grow(request_id, old, num_tokens) for group in self._groups):
+                return False
+            for group in self._groups:
+                group.grow(request_id, old, num_tokens)
+            self._num_tokens[request_id] = num_tokens
         return True
 
     def truncate(self, request_id: str, num_tokens: int) -> None:
         """Forget all but the first `num_tokens`; blocks that hold nothing more go back."""
-        table = self._tables[request_id]
         kept = min(num_tokens, self._num_tokens[request_id])
+        for group in self._groups:
+            group.check_cut(request_id, kept)
+        for group in self._groups:
+            group.cut(request_id, kept)
         self._num_tokens[request_id] = kept
-        self._free.extend(reversed(table[self._num_blocks(kept) :]))
-        del table[self._num_blocks(kept) :]
 
     def free(self, request_id: str, *, zero: bool = False) -> None:
         """Give back all the request owns (unknown ids: nothing); zero: overwrite it first."""
-        table = self._tables.pop(request_id, array("q"))
         self._num_tokens.pop(request_id, None)
-        if zero:
-            for block in table:
-                zero_units(self._layers, block, block + self._units_per_block)
-        self._free.extend(reversed(table))
+        for group in self._groups:
+            group.drop(request_id, zero=zero)
 
     def reuse(
         self, request_id: str, token_ids: Sequence[int], num_tokens: int, salt: str | None
@@ -103,30 +101,18 @@ class SlabCache:
     ) -> None:
         """Nothing: see `reuse`."""
 
-    def view(self, batch: Batch) -> KVView:
-        """block_table int64[B, X]; RuntimeError if a request has no room for its context."""
-        return view_of(batch, self._tables, self._num_tokens, self._units_per_block)
+    def view(self, batch: Batch) -> tuple[KVView, ...]:
+        """block_table int64[B, X] per layer; RuntimeError if a request has no room for its
+        context."""
+        views = [group.view(batch, self._num_tokens) for group in self._groups]
+        return tuple(views[group] for group, _ in self._group_of)
 
     def layer(self, index: int) -> KVPool:
         """Pool of layer `index`."""
-        return self._layers[index]
+        group, place = self._group_of[index]
+        return self._groups[group].layers[place]
 
     def check(self) -> None:
         """RuntimeError unless each block is free or has one owner, and every length fits."""
-        if self._tables.keys() != self._num_tokens.keys():
-            raise RuntimeError("requests with blocks and requests with a length differ")
-        for request_id, table in self._tables.items():
-            if len(table) != self._num_blocks(self._num_tokens[request_id]):
-                raise RuntimeError(
-                    f"request {request_id}: {self._num_tokens[request_id]} tokens in "
-                    f"{len(table)} blocks"
-                )
-        blocks = sorted(
-            [*self._free, *(block for table in self._tables.values() for block in table)]
-        )
-        if blocks != list(range(0, self._num_units, self._units_per_block)):
-            raise RuntimeError("a block is lost, is not one of the pool's or has two owners")
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        """Blocks that so many tokens take."""
-        return -(-num_tokens // self._block_size)
+        for group in self._groups:
+            group.check(self._num_tokens)

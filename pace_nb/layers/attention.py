@@ -5,13 +5,14 @@ many. Does not know projections, masks' arithmetic (`kernels/attention_*.py`) or
 from: a model file projects q, k and v, hands them over here, and projects the result.
 
 A step calls each kernel at most once per layer, over the flat arrays and with the indices of the
-sequences it serves, so nothing is gathered or padded. What all layers share is checked and cut into
-tasks once (`Step`). Decode and prefill kernels give the same bits
-for the same row: the choice changes speed only.
+sequences it serves, so nothing is gathered or padded. What layers share is checked and cut into
+tasks once (`Step`); where they see equally far, they share all of it. Decode and prefill kernels
+give the same bits for the same row: the choice changes speed only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -26,7 +27,8 @@ from pace_nb.kernels import (
     rope,
 )
 from pace_nb.kernels.kv_write import KVPool
-from pace_nb.kv_cache.base import BatchKV
+from pace_nb.kv_cache.base import BatchKV, KVView
+from pace_nb.layers.module import Module
 from pace_nb.layers.rope import Rotation
 from pace_nb.layers.weights import Float32Array
 
@@ -65,7 +67,8 @@ class Step:
             kernel: np.array([i for i, name in enumerate(chosen) if name == kernel], np.int64)
             for kernel in get_args(Kernel)
         }
-        self._writes: kv_write.WritePlan | None = None
+        # By view: layers that see equally far have one, the same object (`KVCache.view`).
+        self._writes: dict[int, kv_write.WritePlan] = {}
         self._calls: dict[tuple[int, ...], Calls] = {}
 
     @classmethod
@@ -73,26 +76,28 @@ class Step:
         """A step over the batch."""
         return cls(batch, kv)
 
-    def writes(self, pool: KVPool) -> kv_write.WritePlan:
-        """Where the step's keys and values go, in every layer."""
-        if self._writes is None:
+    def writes(self, view: KVView, pool: KVPool) -> kv_write.WritePlan:
+        """Where the step's keys and values go, in every layer of this view."""
+        if id(view) not in self._writes:
             batch = self.batch
-            self._writes = kv_write.plan(
+            self._writes[id(view)] = kv_write.plan(
                 pool.num_units,
                 len(batch.token_ids),
-                *self.kv.view,
+                *view,
                 batch.cu_seqlens_q,
                 batch.context_lens,
             )
-        return self._writes
+        return self._writes[id(view)]
 
-    def calls(self, q_shape: tuple[int, ...], pool: KVPool, window: int, chunk: int) -> Calls:
-        """The attention of layers with this window and chunk; planned when the first one asks."""
-        key = (*q_shape, window, chunk)
+    def calls(
+        self, q_shape: tuple[int, ...], view: KVView, pool: KVPool, window: int, chunk: int
+    ) -> Calls:
+        """The attention of layers with this view, window and chunk; planned when the first asks."""
+        key = (*q_shape, id(view), window, chunk)
         if key not in self._calls:
             self._calls[key] = Calls(
-                self._plan("attention_decode", q_shape, pool, window, chunk),
-                self._plan("attention_prefill", q_shape, pool, window, chunk),
+                self._plan("attention_decode", q_shape, view, pool, window, chunk),
+                self._plan("attention_prefill", q_shape, view, pool, window, chunk),
             )
         return self._calls[key]
 
@@ -100,6 +105,7 @@ class Step:
         self,
         kernel: Kernel,
         q_shape: tuple[int, ...],
+        view: KVView,
         pool: KVPool,
         window: int,
         chunk: int,
@@ -111,7 +117,7 @@ class Step:
             kernel,
             q_shape,
             pool,
-            *self.kv.view,
+            *view,
             batch.cu_seqlens_q,
             batch.context_lens,
             window,
@@ -130,10 +136,10 @@ class Attention:
     """
 
     def __init__(self, layer_index: int, scale: float, *, window: int = 0, chunk: int = 0) -> None:
+        self.window = window
+        self.chunk = chunk
         self._layer_index = layer_index
         self._scale = scale
-        self._window = window
-        self._chunk = chunk
 
     def __call__(
         self,
@@ -150,17 +156,41 @@ class Attention:
         rotation None: positions enter elsewhere (OPT) or nowhere (Llama 4's NoPE layers). sinks
         f32[H]: one extra logit per head, in the softmax's denominator only.
         """
-        pool = step.kv.layer(self._layer_index)
+        view, pool = step.kv.views[self._layer_index], step.kv.layer(self._layer_index)
         storage = pool.k.dtype
         queries, keys = rotated(q, rotation, storage), rotated(k, rotation, storage)
-        kv_write.write(keys, v, pool, step.writes(pool))
-        decode, prefill = step.calls(q.shape, pool, self._window, self._chunk)
+        kv_write.write(keys, v, pool, step.writes(view, pool))
+        decode, prefill = step.calls(q.shape, view, pool, self.window, self.chunk)
         out = np.empty(q.shape, storage)
         if decode is not None:
             attention_decode.attend(decode, queries, pool, self._scale, sinks, out)
         if prefill is not None:
             attention_prefill.attend(prefill, queries, pool, self._scale, sinks, out)
         return out.reshape(len(out), -1)
+
+
+class Sees(NamedTuple):
+    """How far each layer sees, as `KVCacheConfig` has it: empty where all see everything."""
+
+    windows: tuple[int, ...]
+    chunks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layers: Sequence[Module]) -> Sees:
+        """Read off the layers themselves: what is cached cannot disagree with what is looked at."""
+        found = [next(_attentions(layer), None) for layer in layers]
+        windows = tuple(0 if one is None else one.window for one in found)
+        chunks = tuple(0 if one is None else one.chunk for one in found)
+        return cls(windows if any(windows) else (), chunks if any(chunks) else ())
+
+
+def _attentions(module: Module) -> Iterator[Attention]:
+    """Those of a layer: one."""
+    for value in vars(module).values():
+        if isinstance(value, Attention):
+            yield value
+        elif isinstance(value, Module):
+            yield from _attentions(value)
 
 
 def rotated(x: Float32Array, rotation: Rotation | None, storage: np.dtype[Any]) -> NDArray[Any]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pace_nb.batch import Batch
 from pace_nb.kv_cache.base import BatchKV, KVCacheConfig
-from pace_nb.layers.attention import Step
+from pace_nb.layers.attention import Sees, Step
 from pace_nb.layers.embedding import Embedding
 from pace_nb.layers.linear import Linear
 from pace_nb.layers.module import Module
@@ -111,9 +111,8 @@ class CausalLM(Module):
     def kv_cache_config(self, dtype: str) -> KVCacheConfig:
         """What has to be cached for every token."""
         c = self._config
-        return KVCacheConfig(
-            c.num_hidden_layers, c.num_key_value_heads, c.head_dim, dtype, c.rope.by_length
-        )
+        sizes = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
+        return KVCacheConfig(*sizes, dtype, c.rope.by_length, *Sees.of(self.layers))
 
     def __call__(self, batch: Batch, kv: BatchKV) -> Float32Array:
         """The residual stream after the last layer, f32[T, E]; `logits` applies the final norm."""

@@ -30,7 +30,7 @@ from pace_nb.batch import Batch
 from pace_nb.errors import UnsupportedModelError
 from pace_nb.kernels import bf16
 from pace_nb.kv_cache.base import BatchKV, KVCacheConfig
-from pace_nb.layers.attention import Attention, Step
+from pace_nb.layers.attention import Attention, Sees, Step
 from pace_nb.layers.embedding import Embedding
 from pace_nb.layers.linear import FusedLinear, Linear
 from pace_nb.layers.mlp import GatedMLP
@@ -252,9 +252,8 @@ class Gemma3ForCausalLM(Module):
     def kv_cache_config(self, dtype: str) -> KVCacheConfig:
         """What has to be cached for every token."""
         c = self._config
-        return KVCacheConfig(
-            c.num_hidden_layers, c.num_key_value_heads, c.head_dim, dtype, c.rope.by_length
-        )
+        sizes = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
+        return KVCacheConfig(*sizes, dtype, c.rope.by_length, *Sees.of(self.layers))
 
     def load(self, weights: Weights, name: str = "") -> None:
         super().load(weights, name)

@@ -5,7 +5,9 @@ the batch but from the cache, where an earlier step has put them (in every layer
 keys the token, in values a hash of it and all before it, which goes into the result as well. So a
 scheduler or a cache that loses, mixes up or forgets a token, or hands out a block of the right
 tokens after the wrong ones, changes what comes out, and whatever gives the same tokens as a request
-alone is right.
+alone is right. With `windows` it has two layers more, which see a part of what is before: a window,
+and a chunk of positions. What they have of a token takes part in what comes out for each that sees
+it; where it is gone, that is an error.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ VOCAB_SIZE = 40
 POISON = 39  # the token after which logits, keys and values are NaN
 EOS = 38
 STORED = KVCacheConfig(num_layers=2, num_kv_heads=2, head_dim=2, dtype="float32")
+WINDOWED = replace(STORED, num_layers=4, windows=(0, 0, 24, 0), chunks=(0, 0, 0, 40))
 
 
 class ScriptedModel:
@@ -37,13 +40,14 @@ class ScriptedModel:
     vocab_size = VOCAB_SIZE
     max_position_embeddings = 10_000
 
-    def __init__(self, switch_length: int | None = None) -> None:
+    def __init__(self, switch_length: int | None = None, windows: bool = False) -> None:
+        self.stored = WINDOWED if windows else STORED
         self.switch_length = switch_length
         self.before_run = lambda batch: None
         self.batches: list[Any] = []
 
     def kv_cache_config(self, dtype):
-        return replace(STORED, keys_by_length=self.switch_length is not None)
+        return replace(self.stored, keys_by_length=self.switch_length is not None)
 
     def __call__(self, batch, kv):
         self.before_run(batch)
@@ -52,8 +56,8 @@ class ScriptedModel:
         for b in range(batch.num_requests):
             new = slice(batch.cu_seqlens_q[b], batch.cu_seqlens_q[b + 1])
             positions = np.arange(batch.context_lens[b])
-            blocks = kv.view.block_table[b, positions // UNIT // kv.view.units_per_block]
-            units = blocks + positions // UNIT % kv.view.units_per_block
+            blocks = kv.views[0].block_table[b, positions // UNIT // kv.views[0].units_per_block]
+            units = blocks + positions // UNIT % kv.views[0].units_per_block
             slots = positions % UNIT
             here = batch.positions[new]
             tokens = batch.token_ids[new].astype(np.float32)
@@ -75,10 +79,35 @@ class ScriptedModel:
                 values += (5 + 9 * index + 2 * dim) * v[:, units, slots, dim, 0].sum(axis=0)
             bad = np.maximum.accumulate(np.isnan(values))
             whole = prefix + np.cumsum(mix(np.nan_to_num(values).astype(np.uint64) + spread))
-            words = mix(whole[here])[:, None] >> np.arange(0, 64, 16, dtype=np.uint64)
+            whole = whole[here]
+            for index in range(STORED.num_layers, self.stored.num_layers):
+                whole += self._seen(kv, index, b, here, hashed[here])
+            words = mix(whole)[:, None] >> np.arange(0, 64, 16, dtype=np.uint64)
             hidden[new] = words & np.uint64(0xFFFF)
             hidden[new][bad[here]] = np.nan
         return hidden
+
+    @staticmethod
+    def _seen(kv, index, b, here, new):
+        """uint64 of each position `here` in a layer that sees a part: of all that it sees there."""
+        window, chunk = WINDOWED.windows[index], WINDOWED.chunks[index]
+        first = here // chunk * chunk if chunk else np.maximum(here + 1 - window, 0)
+        positions = np.arange(first[0], here[-1] + 1)
+        table, units_per_block = kv.views[index]
+        blocks = table[b, positions // UNIT // units_per_block]
+        assert (blocks >= 0).all(), "what a token sees is gone"
+        units, slots = blocks + positions // UNIT % units_per_block, positions % UNIT
+        pool, is_new = kv.layer(index), positions >= here[0]
+        pool.k[:, units[is_new], :, slots[is_new], :] = new[:, None, None, None]
+        pool.v[:, units[is_new], slots[is_new], :2] = new[:, None, None]
+        stored = [pool.k[:, units, :, slots, 0], pool.v[:, units, slots, :2, 0]]
+        numbers = np.nan_to_num(np.concatenate(stored, axis=1).reshape(len(positions), -1))
+        assert (numbers == numbers[:, :1]).all()
+        hashed = mix(
+            numbers[:, 0].astype(np.uint64) + np.uint64(0x51ED27) * positions.astype(np.uint64)
+        )
+        until = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashed)])  # wraps
+        return until[here + 1 - first[0]] - until[first - first[0]]
 
     def logits(self, hidden, rows):
         chosen = hidden[rows]
@@ -140,9 +169,15 @@ class Scripted:
 
     @staticmethod
     def setup(
-        *, num_units=64, max_model_len=512, switch_length=None, drafter=None, **options
+        *,
+        num_units=64,
+        max_model_len=512,
+        switch_length=None,
+        windows=False,
+        drafter=None,
+        **options,
     ) -> Setup:
-        model = ScriptedModel(switch_length)
+        model = ScriptedModel(switch_length, windows)
         if "speculative_config" in options:  # what is adaptive hangs on time
             options["speculative_config"] = {"adaptive": False, **options["speculative_config"]}
         config = EngineConfig(**options)
@@ -155,6 +190,8 @@ class Scripted:
                 max_model_len,
                 block_size,
                 config.prefix_caching,
+                config.max_num_seqs,
+                config.max_num_batched_tokens if config.enable_chunked_prefill else None,
             ),
         )
         engine = Engine(model, cache, config, max_model_len, drafter)

@@ -84,6 +84,7 @@ def engine_options(draw):
         "enable_chunked_prefill": draw(st.booleans()),
         "num_units": draw(st.integers(6, 9)),  # 84 tokens, the most that one request needs, take 6
         "max_model_len": draw(st.sampled_from([100, 512, 2048])),
+        "windows": draw(st.booleans()),
     }
 
 
@@ -123,7 +124,8 @@ def test_any_schedule_gives_what_each_request_gets_alone(scripted, specification
     run_as_they_arrive(scripted.setup(**options), requests, specifications)
     event(f"preemptions: {sum(request.num_preemptions for request in requests)}")
     event(f"hits: {sum(request.num_cached_tokens > 0 for request in requests)}")
-    assert [scripted.result(request) for request in requests] == alone(scripted, specifications)
+    expected = alone(scripted, specifications, windows=options["windows"])
+    assert [scripted.result(request) for request in requests] == expected
 
 
 @quick
@@ -132,7 +134,7 @@ def test_any_schedule_of_sequences_that_outgrow_their_keys(
     scripted, specifications, options, switch_length
 ):
     """The model is one with longrope. Alone means without neighbours, chunks and preemption."""
-    switch = {"switch_length": switch_length}
+    switch = {"switch_length": switch_length, "windows": options.pop("windows")}
     requests = build(scripted, specifications)
     run_as_they_arrive(scripted.setup(**options, **switch), requests, specifications)
     assert [scripted.result(r) for r in requests] == alone(scripted, specifications, **switch)
@@ -178,7 +180,8 @@ def test_aborts_give_everything_back_and_change_nobody_else(
                 setup.cache.check()
 
     run_as_they_arrive(setup, requests, specifications, abort)
-    for request, expected in zip(requests, alone(scripted, specifications), strict=True):
+    results = alone(scripted, specifications, windows=options["windows"])
+    for request, expected in zip(requests, results, strict=True):
         if request.finish_reason == "abort":
             assert request in doomed
             generated = request.generated_token_ids
@@ -192,7 +195,7 @@ def test_aborts_give_everything_back_and_change_nobody_else(
 def test_a_poisoned_request_fails_alone_and_is_wiped_out(scripted, specifications, options, data):
     victim = data.draw(st.integers(0, len(specifications) - 1))
     where = data.draw(st.integers(0, len(specifications[victim][0]) - 1))
-    expected = alone(scripted, specifications)
+    expected = alone(scripted, specifications, windows=options["windows"])
     specifications[victim][0][where] = scripted.POISON
     requests = build(scripted, specifications)
     setup = scripted.setup(**options)
@@ -378,8 +381,10 @@ def busy(seed):
     ]
 
 
-@pytest.mark.parametrize("bits", [256, 4, 0])
-def test_who_shares_a_beginning_gets_what_it_gets_alone(scripted, monkeypatch, bits):
+@pytest.mark.parametrize(
+    ("bits", "windows"), [(256, False), (4, False), (0, False), (256, True), (4, True)]
+)
+def test_who_shares_a_beginning_gets_what_it_gets_alone(scripted, monkeypatch, bits, windows):
     """Full digests, and digests that collide; among preemptions, aborts and steps that raise."""
     digest = paged._digest
 
@@ -398,6 +403,7 @@ def test_who_shares_a_beginning_gets_what_it_gets_alone(scripted, monkeypatch, b
             max_num_seqs=6,
             max_num_batched_tokens=int(rng.integers(6, 80)),
             enable_chunked_prefill=bool(rng.integers(2)),
+            windows=windows,
         )
 
         def sometimes_fail(batch, rng=rng):
@@ -412,7 +418,8 @@ def test_who_shares_a_beginning_gets_what_it_gets_alone(scripted, monkeypatch, b
         run_as_they_arrive(setup, requests, specifications, abort)
         cached += sum(request.num_cached_tokens for request in requests)
         preemptions += sum(request.num_preemptions for request in requests)
-        for request, expected in zip(requests, alone(scripted, specifications), strict=True):
+        results = alone(scripted, specifications, windows=windows)
+        for request, expected in zip(requests, results, strict=True):
             if request.finish_reason == "abort":
                 assert expected[0][: request.num_generated_tokens] == request.generated_token_ids
             elif request.error != "MemoryError: ":  # it failed twice, by chance
@@ -686,7 +693,8 @@ def test_priorities_and_chunk_bounds_change_nobodys_tokens(
 
     running = setup.engine._scheduler.running
     run_as_they_arrive(setup, requests, specifications, first_runs_on)
-    assert [scripted.result(request) for request in requests] == alone(scripted, specifications)
+    expected = alone(scripted, specifications, windows=options["windows"])
+    assert [scripted.result(request) for request in requests] == expected
 
 
 def test_one_thread_launches_kernels(scripted):

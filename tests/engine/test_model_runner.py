@@ -26,7 +26,7 @@ class Watched:
     def __call__(self, batch, kv):
         self.modes.append(jit.use_reference())
         self.batches.append(batch)
-        assert kv.layer(0).k is not None and len(kv.view.block_table) == batch.num_requests
+        assert kv.layer(0).k is not None and len(kv.views[0].block_table) == batch.num_requests
         return np.stack([batch.token_ids, batch.positions], axis=1).astype(np.float32)
 
     def logits(self, hidden, rows):

@@ -43,7 +43,7 @@ def make(kind, num_tokens=NUM_TOKENS, model=MODEL, max_model_len=NUM_TOKENS):
 
 
 def view_of_one(cache, request_id, num_tokens):
-    return cache.view(Batch.from_spans([(request_id, num_tokens - 1, [0], 0)]))
+    return cache.view(Batch.from_spans([(request_id, num_tokens - 1, [0], 0)]))[0]
 
 
 def slots(cache, request_id, num_tokens):
@@ -350,7 +350,7 @@ def test_a_batch_of_sequences_of_different_lengths(kind):
     for request_id, size in sizes.items():
         cache.allocate(request_id, size)
     batch = Batch.from_spans([(name, size - 1, [0], 0) for name, size in sizes.items()])
-    table, units_per_block = cache.view(batch)
+    table, units_per_block = cache.view(batch)[0]
     assert len(table) == 3 and table.flags.c_contiguous
     for row, (request_id, size) in zip(table, sizes.items(), strict=True):
         alone = view_of_one(cache, request_id, size)

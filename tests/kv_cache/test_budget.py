@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pace_nb.config import EngineConfig
@@ -26,6 +28,35 @@ def test_no_more_than_all_sequences_could_use():
         "KV cache: 336 tokens x 256 bytes = 0.1 MiB; the least of 3.0 MiB (75% of 4.0 MiB left) "
         "and 3 sequences of 100 tokens"
     )
+
+
+WINDOWED = replace(MODEL, num_layers=3, windows=(40, 0, 40))  # 2048 B a unit and layer
+
+
+def test_layers_with_a_window_count_as_much_as_they_can_need():
+    """8 sequences of 40 - 1 + 32 tokens, which lie in 6 blocks: 48 blocks, not 8 x 63."""
+    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=32)
+    found = budget.cache_budget(config, WINDOWED, max_model_len=1000)
+    assert found.cache.num_tokens == 8 * 63 * UNIT
+    assert (found.cache.max_num_seqs, found.cache.max_step_tokens) == (8, 32)
+    assert found.arithmetic == (
+        "KV cache: 8064 tokens x 128 bytes + 768 tokens x 256 bytes (2 layers that see 40) = "
+        "1.2 MiB; the least of 3.0 MiB (75% of 4.0 MiB left) and 8 sequences of 1000 tokens"
+    )
+
+
+def test_what_windows_save_holds_more_tokens():
+    config = EngineConfig(
+        max_num_seqs=8, max_num_batched_tokens=32, kv_cache_memory_bytes=100 * 6144
+    )
+    tokens = budget.cache_budget(config, WINDOWED, max_model_len=5000).cache.num_tokens
+    assert tokens == (100 * 3 - 48 * 2) * UNIT
+    least = replace(config, kv_cache_memory_bytes=10 * 6144)  # less than the windows could take
+    assert budget.cache_budget(least, WINDOWED, max_model_len=5000).cache.num_tokens == 10 * UNIT
+    whole = replace(config, kv_cache="contiguous")
+    assert budget.cache_budget(whole, WINDOWED, max_model_len=5000).cache.num_tokens == 1600
+    unchunked = replace(config, enable_chunked_prefill=False)  # a prompt is one step
+    assert budget.cache_budget(unchunked, WINDOWED, max_model_len=5000).cache.num_tokens == 1600
 
 
 def test_what_is_available_bounds_it():

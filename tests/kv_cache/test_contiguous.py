@@ -18,7 +18,7 @@ def make(num_units=12, max_model_len=64):
 
 
 def first_unit(cache, request_id):
-    view = cache.view(Batch.from_spans([(request_id, 0, [0], 0)]))
+    view = cache.view(Batch.from_spans([(request_id, 0, [0], 0)]))[0]
     assert view.block_table.shape == (1, 1) and view.units_per_block == 2**40
     return int(view.block_table[0, 0])
 

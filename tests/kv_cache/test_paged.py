@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +24,7 @@ def make(num_blocks=10, block_size=SIZE, *, model=MODEL, enable=True):
 
 
 def blocks(cache, request_id, num_tokens=1):
-    view = cache.view(Batch.from_spans([(request_id, num_tokens - 1, [0], 0)]))
+    view = cache.view(Batch.from_spans([(request_id, num_tokens - 1, [0], 0)]))[0]
     return view.block_table[0].tolist()
 
 
@@ -149,7 +148,8 @@ def test_off_nothing_is_shared():
         run(cache, "a", TEXT[:50])
         assert run(cache, "b", TEXT[:50]) == 0
         free(cache, "a", "b")
-        assert len(cache._free) == 10 and not cache._contents
+        (group,) = cache._groups
+        assert len(group._free) == 10 and not group.contents
 
 
 def test_a_long_chain_of_blocks_is_no_deep_recursion():
@@ -288,11 +288,11 @@ def test_only_what_nobody_else_has_is_overwritten():
 
 # ---- check -------------------------------------------------------------------------------------
 def damage_table(cache):
-    cache._sequences["a"].table[1] = 0
+    cache._groups[0].tables["a"][1] = 0
 
 
 def damage_refs(cache):
-    cache._refs[0] = 1
+    cache._groups[0]._refs[0] = 1
 
 
 def damage_length(cache):
@@ -300,27 +300,40 @@ def damage_length(cache):
 
 
 def damage_committed(cache):
-    cache._sequences["a"].num_committed = 4
+    cache._sequences["a"].contents *= 2
 
 
 def lose_block(cache):
-    cache._free.pop()
+    cache._groups[0]._free.pop()
 
 
 def free_used(cache):
-    cache._free[-1] = 0
+    cache._groups[0]._free[-1] = 0
 
 
 def free_cached(cache):
-    cache._free.append(cache._cached.popitem()[0])
+    cache._groups[0]._free.append(cache._groups[0]._cached.popitem()[0])
 
 
 def forget_half(cache):
-    del cache._by_digest[cache._contents[0].digest]
+    group = cache._groups[0]
+    del group.block_of[group.contents[0]]
+
+
+def condemn_half(cache):
+    cache._groups[0].contents[0].sound = False
 
 
 def take_foreign(cache):
-    cache._sequences["c"] = replace(cache._sequences["a"], table=array("q", [0, 1, 2, 9]))
+    cache._groups[0].tables["a"][3] = 9
+
+
+def take_unknown(cache):
+    cache._groups[0].tables["a"][3] = 10
+
+
+def lose_table(cache):
+    del cache._groups[0].tables["a"]
 
 
 @pytest.mark.parametrize(
@@ -328,13 +341,16 @@ def take_foreign(cache):
     [
         (damage_table, "request a has a block twice"),
         (damage_refs, "refs of a block"),
-        (damage_length, "request a: 48 tokens in 4 blocks, 3 committed"),
-        (damage_committed, "request a: 50 tokens in 4 blocks, 4 committed"),
+        (damage_length, "request a: 48 tokens in 4 blocks"),
+        (damage_committed, "request a: 50 tokens, 6 blocks committed"),
         (lose_block, "a block is lost"),
         (free_used, "in two states"),
         (free_cached, "a free one with content"),
         (forget_half, "disagree"),
+        (condemn_half, "what a failed request had"),
         (take_foreign, "refs of a block"),
+        (take_unknown, "block 10 is not one of the pool's"),
+        (lose_table, "requests with blocks and requests with a length differ"),
     ],
 )
 def test_check_sees_damage(damage, message):

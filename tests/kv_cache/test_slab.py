@@ -20,7 +20,7 @@ def make(num_blocks=6, block_size=32):
 
 
 def blocks(cache, request_id):
-    table, units_per_block = cache.view(Batch.from_spans([(request_id, 0, [0], 0)]))
+    table, units_per_block = cache.view(Batch.from_spans([(request_id, 0, [0], 0)]))[0]
     assert units_per_block == 2
     return table[0].tolist()
 
@@ -101,13 +101,12 @@ def test_only_the_blocks_of_the_request_are_overwritten():
     "parts, message",
     [
         ({"_free": [10, 8]}, "a block is lost"),
-        ({"_free": [10, 8, 6, 4]}, "two owners"),
+        ({"_free": [10, 8, 6, 4]}, "two states"),
         ({"_free": [10, 8, 7]}, "not one of the pool's"),
-        ({"_free": [10, 8, 8]}, "two owners"),
-        ({"_num_tokens": {"a": 1, "b": 1}}, "differ"),
-        ({"_num_tokens": {"a": 1, "b": 33, "c": 1}}, "request b: 33 tokens in 1 blocks"),
-        ({"_num_tokens": {"a": 1, "b": 0, "c": 1}}, "request b: 0 tokens in 1 blocks"),
-        ({"_tables": {"a": array("q", [0]), "b": array("q", [0]), "c": array("q", [4])}}, "owners"),
+        ({"_free": [10, 8, 8]}, "two states"),
+        ({"tables": {"a": array("q", [0]), "b": array("q", [0]), "c": array("q", [4])}}, "refs"),
+        ({"tables": {"a": array("q", [0]), "b": array("q", [2])}}, "differ"),
+        ({"tables": {"a": array("q"), "b": array("q", [2]), "c": array("q", [4])}}, "32 tokens"),
     ],
 )
 def test_check_sees_damage(parts, message):
@@ -116,6 +115,15 @@ def test_check_sees_damage(parts, message):
         cache.allocate(request_id, 32)
     cache.check()
     for name, value in parts.items():
-        setattr(cache, name, value)
+        setattr(cache._groups[0], name, value)
     with pytest.raises(RuntimeError, match=message):
+        cache.check()
+
+
+@pytest.mark.parametrize("num_tokens", [33, 0])
+def test_check_sees_a_length_that_does_not_fit(num_tokens):
+    cache = make()
+    cache.allocate("b", 32)
+    cache._num_tokens["b"] = num_tokens
+    with pytest.raises(RuntimeError, match=f"request b: {num_tokens} tokens in 1 blocks"):
         cache.check()

@@ -245,7 +245,7 @@ def test_a_published_text_config_names_only_what_differs():
 def test_facts_for_the_engine(memory_checkpoint):
     model = load_model(memory_checkpoint(CONFIG, tensors()[0]))
     assert (model.vocab_size, model.max_position_embeddings) == (50, 64)
-    assert model.kv_cache_config("float32") == KVCacheConfig(3, 2, 20, "float32")
+    assert model.kv_cache_config("float32") == KVCacheConfig(3, 2, 20, "float32", windows=WINDOWS)
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,8 @@ def test_defaults_are_those_of_the_published_models():
 def test_facts_for_the_engine(memory_checkpoint):
     model = load_model(memory_checkpoint(CONFIG, tensors()[0]))
     assert (model.vocab_size, model.max_position_embeddings) == (50, 64)
-    assert model.kv_cache_config("bfloat16") == KVCacheConfig(LAYERS, KV_HEADS, D, "bfloat16")
+    expected = KVCacheConfig(LAYERS, KV_HEADS, D, "bfloat16", windows=(9, 0, 9))
+    assert model.kv_cache_config("bfloat16") == expected
 
 
 @pytest.mark.parametrize(

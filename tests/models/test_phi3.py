@@ -235,9 +235,9 @@ def test_published_longrope_settings():
 def test_facts_for_the_engine(memory_checkpoint):
     model = load_model(memory_checkpoint(CONFIG, tensors()[0]))
     assert (model.vocab_size, model.max_position_embeddings) == (50, 64)
-    assert model.kv_cache_config("float32") == KVCacheConfig(2, 2, 16, "float32", True)
+    assert model.kv_cache_config("float32") == KVCacheConfig(2, 2, 16, "float32", True, (9, 9))
     model = load_model(memory_checkpoint(CONFIG | {"rope_scaling": None}, tensors()[0]))
-    assert model.kv_cache_config("float32") == KVCacheConfig(2, 2, 16, "float32", False)
+    assert model.kv_cache_config("float32") == KVCacheConfig(2, 2, 16, "float32", False, (9, 9))
 
 
 @pytest.mark.parametrize(
