@@ -12,7 +12,8 @@ from pace_nb.config import CacheConfig
 from pace_nb.kernels.kv_write import new_pool
 from pace_nb.kv_cache.base import BatchKV, KVCacheConfig, KVView
 from pace_nb.kv_cache.contiguous import ContiguousCache
-from pace_nb.layers.attention import DECODE_QUERY_LEN, Attention, Step, choose_kernel
+from pace_nb.layers.attention import DECODE_QUERY_LEN, Attention, Sees, Step, choose_kernel
+from pace_nb.layers.module import Module
 from pace_nb.layers.rope import RopeParameters, RotaryEmbedding
 
 H, KVH, D = 4, 2, 16
@@ -170,14 +171,34 @@ def test_each_kernel_is_called_once_with_its_sequences():
     def calls(chosen):
         batch = Batch.from_spans([(name, start, [0] * n, 0) for name, start, n in chosen])
         view = KVView(np.zeros((len(chosen), 1), np.int64), 8)
-        step = Step.of(batch, BatchKV(view, None))
+        step = Step.of(batch, BatchKV((view,), None))
         assert step.sequence_lens.tolist() == [s + n for _, s, n in chosen for _ in range(n)]
         shape = (len(batch.token_ids), 2, 32)
-        planned = step.calls(shape, pool, 0, 0)
-        assert planned is step.calls(shape, pool, 0, 0), "planned again for the next layer"
-        assert planned is not step.calls(shape, pool, 5, 0)
+        planned = step.calls(shape, view, pool, 0, 0)
+        assert planned is step.calls(shape, view, pool, 0, 0), "planned again for the next layer"
+        assert planned is not step.calls(shape, view, pool, 5, 0)
+        assert planned is not step.calls(shape, KVView(*view), pool, 0, 0), "another table"
         return [None if plan is None else plan.sequences.tolist() for plan in planned]
 
     assert calls(spans) == [[0, 1, 4], [2, 3]]
     assert calls(spans[:2]) == [[0, 1], None]
     assert calls(spans[2:4]) == [None, [0, 1]]
+
+
+def test_how_far_layers_see_is_read_off_them():
+    class Layer(Module):
+        """Its attention is a part of a part."""
+
+        def __init__(self, *attention):
+            self._norm, self.part = 1, Module()
+            for one in attention:
+                self.part._attend = one
+
+    layers = [
+        Layer(Attention(0, 1.0, window=5)),
+        Layer(Attention(1, 1.0)),
+        Layer(),
+        Layer(Attention(3, 1.0, chunk=7)),
+    ]
+    assert Sees.of(layers) == ((5, 0, 0, 0), (0, 0, 0, 7))
+    assert Sees.of(layers[1:3]) == Sees.of([]) == ((), ())
