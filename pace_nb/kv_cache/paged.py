@@ -133,6 +133,10 @@ class PagedCache:
         if zero:
             for content in sequence.contents:
                 self._condemn(content)
+            for group in self._groups:  # and its last block, if it was cut back into that
+                for block in group.tables.get(request_id, ()):
+                    if block in group.contents:
+                        self._condemn(group.contents[block])
         for group in self._groups:
             group.drop(request_id, zero=zero)
 

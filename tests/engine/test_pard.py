@@ -51,7 +51,7 @@ def knowing(scripted_model):
                 while masks < len(new) - 1 and batch.token_ids[new[-1 - masks]] == MASK:
                     masks += 1
                 known = batch.context_lens[b] - masks
-                view = kv.view if hasattr(kv, "view") else kv.views[0]
+                view = kv.views[0]
                 positions = np.arange(known)
                 blocks = view.block_table[b, positions // UNIT // view.units_per_block]
                 units = blocks + positions // UNIT % view.units_per_block

@@ -110,19 +110,21 @@ def alone(scripted, specifications, **options):
     max_num_seqs=st.sampled_from([1, 3, 16]),
     spare_budget=st.integers(0, 60),
     switch_length=st.none() | st.integers(1, 90),
+    windows=st.booleans(),
 )
 def test_any_guesses_give_what_each_request_gets_without(
     scripted, specifications, options, num_tokens, right, num_units, max_num_seqs, spare_budget,
-    switch_length,
+    switch_length, windows,
 ):  # fmt: skip
-    expected = alone(scripted, specifications, switch_length=switch_length)
+    model = {"switch_length": switch_length, "windows": windows}
+    expected = alone(scripted, specifications, **model)
     drafter = Foreseeing({r.request_id: r.generated_token_ids for r in expected}, right)
     setup = scripted.setup(
         **options,
         num_units=num_units,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + spare_budget,
-        switch_length=switch_length,
+        **model,
         speculative_config={"method": "ngram", "num_speculative_tokens": num_tokens},
         drafter=drafter,
     )

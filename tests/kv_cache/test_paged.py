@@ -275,6 +275,14 @@ def test_nobody_reuses_what_a_failed_request_had():
     assert run(cache, "d", TEXT[:90]) == 80
 
 
+def test_a_block_that_a_failed_request_was_cut_back_into_is_not_found_either():
+    cache = make()
+    run(cache, "a", TEXT[:48])
+    cache.truncate("a", 20)
+    free(cache, "a", zero=True)
+    assert cache.reuse("b", TEXT, 48, None) == 0
+
+
 def test_only_what_nobody_else_has_is_overwritten():
     cache = make()
     run(cache, "a", TEXT[:32])
