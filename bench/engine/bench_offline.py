@@ -3,9 +3,9 @@
     python -m bench.engine.bench_offline llama-3.2-1b qwen2-1.5b --checkpoints /tmp/checkpoints
 
 Decode, batch 1 and 8: tokens/s against bytes of weights / DRAM read rate of the largest weight.
-Prefill, 128 and 1024 tokens: tokens/s against the weights' FLOPs / register peak. vLLM's
-definitions: decode counts generated tokens after the first, prefill the time to the first token.
-Start-up is loading, with the kernels' machine code in the cache.
+Prefill, 128 and 1024 tokens: tokens/s against the weights' FLOPs (the head's for one row only) /
+register peak. vLLM's definitions: decode counts generated tokens after the first, prefill the time
+to the first token. Start-up is loading, with the kernels' machine code in the cache.
 """
 
 from __future__ import annotations
@@ -28,9 +28,14 @@ ROUNDS = 5
 DECODED = 24
 
 
-def weights_of(name: str) -> int:
-    """Parameters that a decoded token multiplies with: all matrices, the tied head once."""
-    return sum(prod(shape) for _, shape in tensors_of(name) if len(shape) > 1)
+def weights_of(name: str) -> tuple[int, int]:
+    """Parameters that every token multiplies with, and those of the head, which only wanted rows
+    do; an embedding alone is read by row."""
+    matrices = {tensor: prod(shape) for tensor, shape in tensors_of(name) if len(shape) > 1}
+    embeddings = {tensor: size for tensor, size in matrices.items() if "embed" in tensor}
+    head = matrices.get("lm_head.weight", max(embeddings.values()))
+    rest = sum(matrices.values()) - sum(embeddings.values()) - matrices.get("lm_head.weight", 0)
+    return rest, head
 
 
 def seconds(llm: LLM, prompts: list[list[int]], num_tokens: int) -> float:
@@ -48,7 +53,8 @@ def measure(name: str, directory: Path) -> list[dict[str, Any]]:
     rows = []
     with LLM(directory, max_model_len=1100, max_num_seqs=8) as llm:
         loaded = time.perf_counter() - start
-        num_weights = weights_of(name)
+        per_token, head = weights_of(name)
+        num_weights = per_token + head
         buffer = np.ones(1 << 27, np.float32)  # 512 MiB
 
         def prompt(length: int) -> list[int]:
@@ -70,10 +76,10 @@ def measure(name: str, directory: Path) -> list[dict[str, Any]]:
             shares, rates, peaks = [], [], []
             for _ in range(ROUNDS):
                 peak = limits.flop_peak()
-                prefill = length / seconds(llm, [prompt(length)], 1)
-                rates.append(prefill)
-                peaks.append(peak / (2 * num_weights))
-                shares.append(prefill * 2 * num_weights / peak)
+                took, flops = seconds(llm, [prompt(length)], 1), 2 * (per_token * length + head)
+                rates.append(length / took)
+                peaks.append(length * peak / flops)
+                shares.append(flops / took / peak)
             rows.append(row(f"{name} prefill {length}", rates, peaks, shares))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"{name}: loaded in {loaded:.1f} s, peak RSS {memory:.2f} GB")
