@@ -102,7 +102,7 @@ def row(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=["llama-3.2-1b"], choices=sorted(SHAPES))
+    parser.add_argument("names", nargs="+", choices=sorted(SHAPES))
     parser.add_argument(
         "--checkpoints", type=Path, required=True, help="a folder with some GB free"
     )
