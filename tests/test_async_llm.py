@@ -208,14 +208,19 @@ def test_the_urgent_one_is_done_first(llm):
     """With room for one at a time: what arrives last and is most urgent runs second."""
     ended = []
 
-    async def ask(name, priority):
-        await collect(llm.generate(STORY, replace(GREEDY, max_tokens=20), name, priority=priority))
+    async def ask(name, priority, num_tokens, begun=None):
+        params = replace(GREEDY, max_tokens=num_tokens, ignore_eos=True)
+        async for _ in llm.generate(STORY, params, name, priority=priority):
+            if begun is not None:
+                begun.set()
         ended.append(name)
 
     async def all_of_them():
-        tasks = []
-        for name, priority in (("first", 0), ("later", 5), ("urgent", -5)):
-            tasks.append(asyncio.create_task(ask(name, priority)))
+        begun = asyncio.Event()
+        tasks = [asyncio.create_task(ask("first", 0, 400, begun))]
+        await begun.wait()  # it runs, not only waits
+        for name, priority in (("later", 5), ("urgent", -5)):
+            tasks.append(asyncio.create_task(ask(name, priority, 20)))
             while llm._thread.num_unfinished < len(tasks):
                 await asyncio.sleep(0)
         await asyncio.gather(*tasks)

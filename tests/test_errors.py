@@ -25,7 +25,7 @@ def test_each_says_what_it_is_for(error_class):
 def test_wrong_values_are_value_errors():
     """Code that knows nothing of pace_nb catches them by the usual name."""
     wrong_values = {c.__name__ for c in CLASSES if issubclass(c, ValueError)}
-    assert wrong_values == {"InvalidRequestError", "ShapeError", "ConfigError"}
+    assert wrong_values == {"InvalidRequestError", "ApiError", "ShapeError", "ConfigError"}
 
 
 def test_text_a_person_can_read_is_left_alone():

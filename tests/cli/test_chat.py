@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -256,7 +257,7 @@ def test_stats_follow_each_answer(capsys, monkeypatch):
 
 
 def test_a_model_without_a_chat_template_is_refused(capsys, monkeypatch, tmp_path):
-    for file in DEMO_MODEL.iterdir():
+    for file in filter(Path.is_file, DEMO_MODEL.iterdir()):
         shutil.copy(file, tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)

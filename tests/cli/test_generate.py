@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_without_a_seed_each_call_draws_one_and_shows_it(capsys):
 
 
 def test_the_model_s_own_settings_are_the_default(capsys, tmp_path, story):
-    for file in DEMO_MODEL.iterdir():
+    for file in filter(Path.is_file, DEMO_MODEL.iterdir()):
         shutil.copy(file, tmp_path)
     settings = json.loads((tmp_path / "generation_config.json").read_text())
     (tmp_path / "generation_config.json").write_text(json.dumps({**settings, "temperature": 0.0}))
@@ -135,7 +136,7 @@ def test_a_prompt_longer_than_the_context(capsys):
 @pytest.fixture
 def broken_model(tmp_path):
     """A copy of the bundled model, to be broken."""
-    for file in DEMO_MODEL.iterdir():
+    for file in filter(Path.is_file, DEMO_MODEL.iterdir()):
         shutil.copy(file, tmp_path)
     return tmp_path
 
