@@ -139,7 +139,8 @@ class RequestOutput:
             else:
                 self.outputs.append(completion)
         self.outputs.sort(key=lambda completion: completion.index)
-        self.prompt_logprobs = later.prompt_logprobs
+        if later.prompt_logprobs is not None:  # a piece that came over a socket may leave them out
+            self.prompt_logprobs = later.prompt_logprobs
         self.finished = later.finished
         self.num_cached_tokens, self.metrics = later.num_cached_tokens, later.metrics
 

@@ -89,6 +89,7 @@ def measure(name: str, directory: Path) -> list[dict[str, Any]]:
 def row(
     case: str, rates: list[float], roofline: list[float], shares: list[float]
 ) -> dict[str, Any]:
+    """Tokens per second of the rounds, what they are held against, and their shares of it."""
     return {
         "case": case,
         "value": float(np.median(rates)),

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from bench import timing
+from bench.engine.bench_offline import row
 from pace_nb import LLM, SamplingParams
 from pace_nb.engine.request import Request
 from pace_nb.engine.speculative import Draft
@@ -176,19 +177,6 @@ def demo(num_prompts: int, num_tokens: int) -> list[dict[str, Any]]:
 def assert_drafting(found: object) -> None:
     if found is None:
         raise RuntimeError("speculation is off")
-
-
-def row(case: str, values: list[float], plain: list[float], ratios: list[float]) -> dict[str, Any]:
-    """Tokens per second, those without speculation as the limit, and their ratio."""
-    return {
-        "case": case,
-        "value": float(np.median(values)),
-        "unit": "tok/s",
-        "limit": float(np.median(plain)),
-        "limit_unit": "tok/s",
-        "share": float(np.median(ratios)),
-        "best": max(values),
-    }
 
 
 def main() -> None:

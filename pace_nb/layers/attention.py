@@ -71,11 +71,6 @@ class Step:
         self._writes: dict[int, kv_write.WritePlan] = {}
         self._calls: dict[tuple[int, ...], Calls] = {}
 
-    @classmethod
-    def of(cls, batch: Batch, kv: BatchKV) -> Step:
-        """A step over the batch."""
-        return cls(batch, kv)
-
     def writes(self, view: KVView, pool: KVPool) -> kv_write.WritePlan:
         """Where the step's keys and values go, in every layer of this view."""
         if id(view) not in self._writes:

@@ -116,7 +116,7 @@ class CausalLM(Module):
 
     def __call__(self, batch: Batch, kv: BatchKV) -> Float32Array:
         """The residual stream after the last layer, f32[T, E]; `logits` applies the final norm."""
-        step = Step.of(batch, kv)
+        step = Step(batch, kv)
         rotation = self._rotary(batch.positions, step.sequence_lens)
         residual = self.embed_tokens(batch.token_ids)
         delta: Float32Array | None = None

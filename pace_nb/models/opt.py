@@ -258,7 +258,7 @@ class OPTForCausalLM(Module):
 
     def __call__(self, batch: Batch, kv: BatchKV) -> Float32Array:
         """The residual stream after the last layer, f32[T, E]; `logits` applies the final norm."""
-        step = Step.of(batch, kv)
+        step = Step(batch, kv)
         residual = self.embed_tokens(batch.token_ids)
         if self.project_in is not None:
             residual = self.project_in(stored(residual, self._dtype))

@@ -30,7 +30,6 @@ from pace_nb.openai_api import request_body
 from pace_nb.openai_api.request_body import ChatBody, CompletionBody
 from pace_nb.openai_api.response_body import ChatResponse, CompletionResponse, Json, error_body
 from pace_nb.outputs import RequestOutput
-from pace_nb.server import wire
 from pace_nb.server.answers import DONE, EventStream, comment, event, json_response
 from pace_nb.server.engine_client import EngineClient, Ticket
 from pace_nb.server.guard import CLIENT_CLOSED, request_id
@@ -223,7 +222,10 @@ class Exchange:
         whole: dict[int, RequestOutput] = {}
         while not self.mailbox.finished:
             for index, news in await self.mailbox.get(self._service.settings.limits.send_timeout):
-                whole[index] = wire.merge(whole[index], news) if index in whole else news
+                if index in whole:
+                    whole[index].add(news)
+                else:
+                    whole[index] = news
         outputs = [whole[index] for index in range(self._num_prompts)]
         for output in outputs:
             output.outputs.sort(key=lambda one: one.index)

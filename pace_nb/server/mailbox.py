@@ -12,7 +12,6 @@ from typing import Final, NamedTuple
 
 from pace_nb.errors import ApiError
 from pace_nb.outputs import RequestOutput
-from pace_nb.server import wire
 
 TOKEN_BYTES: Final = 40  # of a token id in a list, with its share of the records around it
 LOGPROB_BYTES: Final = 300  # of an entry of a dict of logprobs
@@ -57,7 +56,10 @@ class Mailbox:
         self.progress.pop(prompt_index, None)
         self._num_bytes += _size(output)
         earlier = self._news.get(prompt_index)
-        self._news[prompt_index] = output if earlier is None else wire.merge(earlier, output)
+        if earlier is None:
+            self._news[prompt_index] = output
+        else:
+            earlier.add(output)
         self._num_unfinished -= output.finished
         if self._num_bytes > self._max_bytes:
             self.fail(ApiError("the answer was read too slowly", status=503))

@@ -80,28 +80,6 @@ def output_from_json(
     )
 
 
-def merge(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
-    """Two pieces of news of one request as one; `earlier` is used up."""
-    by_index = {one.index: one for one in earlier.outputs}
-    for new in later.outputs:
-        old = by_index.get(new.index)
-        if old is None:
-            earlier.outputs.append(new)
-            continue
-        old.text += new.text
-        old.token_ids += new.token_ids
-        if old.logprobs is not None and new.logprobs is not None:
-            old.logprobs += new.logprobs
-        old.cumulative_logprob = new.cumulative_logprob
-        old.finish_reason, old.stop_reason = new.finish_reason, new.stop_reason
-    earlier.finished = later.finished
-    earlier.num_cached_tokens = later.num_cached_tokens
-    earlier.metrics = later.metrics
-    if earlier.prompt_logprobs is None:
-        earlier.prompt_logprobs = later.prompt_logprobs
-    return earlier
-
-
 def _completion_to_json(one: CompletionOutput) -> dict[str, Any]:
     found: dict[str, Any] = {"index": one.index, "text": one.text, "token_ids": one.token_ids}
     if one.logprobs is not None:

@@ -29,7 +29,7 @@ def step_of(cache, spans):
     batch = Batch.from_spans([(name, start, [0] * n, 0) for name, start, n in spans])
     for name, start, n in spans:
         assert cache.allocate(name, start + n)
-    return Step.of(batch, BatchKV(cache.view(batch), cache))
+    return Step(batch, BatchKV(cache.view(batch), cache))
 
 
 def dense(q, k, v, window=0, sinks=None):
@@ -159,7 +159,7 @@ def test_the_kernel_is_chosen_by_query_length():
 def test_tokens_know_the_length_of_their_whole_sequence():
     """Not only of what is in the cache by now: a chunk must rotate as the whole prompt does."""
     batch = Batch.from_spans([("a", 4, [0, 0], 0), ("b", 8, [0], 1)], [30, 9])
-    assert Step.of(batch, None).sequence_lens.tolist() == [30, 30, 9]
+    assert Step(batch, None).sequence_lens.tolist() == [30, 30, 9]
 
 
 def test_each_kernel_is_called_once_with_its_sequences():
@@ -171,7 +171,7 @@ def test_each_kernel_is_called_once_with_its_sequences():
     def calls(chosen):
         batch = Batch.from_spans([(name, start, [0] * n, 0) for name, start, n in chosen])
         view = KVView(np.zeros((len(chosen), 1), np.int64), 8)
-        step = Step.of(batch, BatchKV((view,), None))
+        step = Step(batch, BatchKV((view,), None))
         assert step.sequence_lens.tolist() == [s + n for _, s, n in chosen for _ in range(n)]
         shape = (len(batch.token_ids), 2, 32)
         planned = step.calls(shape, view, pool, 0, 0)

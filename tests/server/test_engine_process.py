@@ -83,7 +83,10 @@ def test_a_request_is_accepted_and_its_news_is_what_generate_gives(wires, llm):
         for name, found in step["news"]:
             assert name == "a"
             piece = wire.output_from_json(found, "a", None, prompt)
-            whole = piece if whole is None else wire.merge(whole, piece)
+            if whole is None:
+                whole = piece
+            else:
+                whole.add(piece)
     params = SamplingParams(**GREEDY, n=2, logprobs=1, prompt_logprobs=0)
     (expected,) = llm.generate([prompt], params, use_tqdm=False)
     assert sorted(whole.outputs, key=lambda one: one.index) == expected.outputs

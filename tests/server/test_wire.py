@@ -86,7 +86,8 @@ def test_pieces_are_joined_by_index():
         piece(1, "q", [4]), piece(0, "bc", [2, 3], "stop", -3.0), finished=True, cached=3
     )
     expected = copy.deepcopy([first, second])
-    joined = wire.merge(first, second)
+    first.add(second)
+    joined = first
     by_index = {one.index: one for one in joined.outputs}
     assert by_index[0].text == "abc" and by_index[0].token_ids == [1, 2, 3]
     assert by_index[0].logprobs == (
