@@ -183,7 +183,7 @@ class LLM:
         params = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False, seed=0, logprobs=1)
         wanted = self.config.kernels == "numba"
         with CompileAhead(self.config.storage_dtype) if wanted else nullcontext() as ahead:
-            self.generate([[0]], replace(params, temperature=0.0), use_tqdm=False)
+            self.generate([[0]], replace(params, temperature=0.0, logprobs=None), use_tqdm=False)
             if ahead is not None:
                 ahead.wait()
             self.generate(prompts, params, use_tqdm=False)
