@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-NOT_MIRRORED = {"architecture", "demo", "golden", "e2e"}  # rules, data, and whole runs
+NOT_MIRRORED = {"architecture", "demo", "golden", "e2e", "notebooks"}  # rules, data, whole runs
 
 
 def mirror(root):
