@@ -7,6 +7,7 @@
     | PACE_NB_NUM_THREADS | integer from 1  | affinity and cgroup            | kernels/jit.py |
     | PACE_NB_DEBUG       | 0/1, false/true | 0                              |                |
     | PACE_NB_API_KEY     | text            | none                           |                |
+    | OPENAI_API_KEY      | text            | none                           |                |
 
 `kernels/` imports nothing of the package, so it reads its two variables itself (and numba reads
 `NUMBA_*`). `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` belong to huggingface_hub, which reads them.
@@ -61,3 +62,8 @@ def debug() -> bool:
 def api_key() -> str | None:
     """PACE_NB_API_KEY: what clients of the server must send; None where it is not set."""
     return os.environ.get("PACE_NB_API_KEY") or None
+
+
+def openai_api_key() -> str | None:
+    """OPENAI_API_KEY: what we send as a client of a server; None where it is not set."""
+    return os.environ.get("OPENAI_API_KEY") or None

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["tests.servers"]  # fixtures: real servers, started when a test asks for one
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Kernels that a test run compiles are kept with the checkout: the next run loads them, and the

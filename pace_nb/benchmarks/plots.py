@@ -1,7 +1,8 @@
-"""Plots of results: rooflines, shares of limits, latencies. Needs matplotlib (the extra `bench`).
+"""Plots of results: rooflines, shares of limits, latencies, serving. They need matplotlib.
 
-Knows the rows of a result (`benchmarks/limits.py`) and how they are drawn. Measures nothing. The
-file's ending decides its format (.png, .svg, .pdf).
+It is in the extra `bench`. Knows the rows of a result (`benchmarks/limits.py`), the JSON of serving
+(`serve_result.py`), and how they are drawn. Measures nothing. The file's ending decides its format
+(.png, .svg, .pdf).
 
 A roofline has FLOPs per byte on the x axis and GFLOP/s on the y axis, both logarithmic: below the
 ridge the rate at which bytes come is the roof, above it the peak of the dot products. Each row's
@@ -11,7 +12,9 @@ Source: Williams, Waterman, Patterson 2009, "Roofline".
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +39,9 @@ def roofs(rows: Sequence[Row]) -> tuple[float | None, float | None]:
     return max(bandwidth) if bandwidth else None, max(peak) if peak else None
 
 
-def _figure(height: float, width: float = 9) -> tuple[Any, Any]:
-    """Figure and axes, sizes in inches. ConfigError where there is no matplotlib."""
+def _figure(height: float, width: float = 9, rows: int = 1) -> tuple[Any, Any]:
+    """Figure and axes (a list where `rows` is more), sizes in inches. ConfigError where there is
+    no matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -45,7 +49,7 @@ def _figure(height: float, width: float = 9) -> tuple[Any, Any]:
             "plots need matplotlib, which is not installed: pip install 'pace-nb[bench]'"
         ) from error
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
+    return figure, figure.subplots(rows)
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -135,3 +139,45 @@ def engines(cases: Sequence[Row], title: str, path: Path) -> None:
     axes.set(xlabel="% of the best engine in the case", title=title)
     figure.legend(fontsize="small", loc="outside lower center", ncols=len(names))
     _save(figure, path)
+
+
+def serving(result: Row, title: str, path: Path) -> bool:
+    """A serving benchmark with its details: each request's wait and answer over time, tokens in
+    each second, and the share of latencies below each value. False, and no file, where no request
+    succeeded."""
+    good = [i for i, error in enumerate(result["errors"]) if not error]
+    if not good:
+        return False
+    figure, axes = _figure(11, rows=3)
+    origin = min(result["start_times"][i] for i in good)
+    starts = [result["start_times"][i] - origin for i in good]
+    ttfts = [result["ttfts"][i] for i in good]
+    itls = [result["itls"][i] for i in good]
+    answers = [sum(gaps) for gaps in itls]
+    firsts = [start + ttft for start, ttft in zip(starts, ttfts, strict=True)]
+    axes[0].barh(good, ttfts, left=starts, height=0.8, color="C1", label="to the first token")
+    axes[0].barh(good, answers, left=firsts, height=0.8, color="C0", label="tokens")
+    axes[0].invert_yaxis()
+    axes[0].set(ylabel="request", title=title)
+    axes[0].legend(fontsize="small")
+    seconds = [
+        int(time)
+        for first, gaps in zip(firsts, itls, strict=True)
+        for time in accumulate([first, *gaps])
+    ]
+    counts = Counter(seconds)
+    axes[1].bar(list(counts), list(counts.values()), width=1.0, align="edge", color="C0")
+    axes[1].set(xlabel="seconds since the first request", ylabel="events with tokens per second")
+    gaps = [gap for each in itls for gap in each]
+    latencies = [result["latencies"][i] for i in good]
+    for label, values in (("TTFT", ttfts), ("ITL", gaps), ("E2EL", latencies)):
+        if values:
+            shares = [100 * (i + 1) / len(values) for i in range(len(values))]
+            axes[2].step(
+                [1000 * value for value in sorted(values)], shares, where="post", label=label
+            )
+    axes[2].set(xscale="log", xlabel="ms", ylabel="% at most", ylim=(0, 100))
+    axes[2].grid(True, which="both", alpha=0.2)
+    axes[2].legend(fontsize="small")
+    _save(figure, path)
+    return True

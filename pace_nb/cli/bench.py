@@ -1,6 +1,6 @@
-"""Measure: latency, throughput and startup as `vllm bench` defines them, kernels by their limits.
+"""Measure latency, throughput, startup and serving as `vllm bench` does; kernels by their limits.
 
-Flags, output lines and JSON keys of latency, throughput and startup are vLLM's; defaults that suit
+Flags, output lines and JSON keys of all but the kernels are vLLM's; defaults that suit
 a CPU are smaller. Prefix caching is off, as there, because the same prompts come again. Every
 measurement compiles or loads the kernels before its clock starts, but for startup, which is about
 that.
@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pace_nb.cli import bench_serve
 from pace_nb.cli import options as shared
 from pace_nb.errors import ConfigError
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 KINDS = {
     "latency": "seconds for one batch of prompts that arrive together",
     "throughput": "tokens per second for many prompts at once",
+    "serve": "a running server, seen from a client's side",
     "startup": "seconds until a new process is ready, and until its first token",
     "kernels": "each kernel on the model's shapes, as a share of what the machine can do",
 }
@@ -40,10 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_kind(kind: str, parser: argparse.ArgumentParser) -> None:
     """The arguments of one kind."""
+    if kind == "serve":
+        bench_serve.add_arguments(parser)
+        return
 
     def number(name: str, default: int, help: str, least: int = 1) -> None:
         parser.add_argument(
-            name, type=at_least(least), default=default, metavar="N",
+            name, type=shared.at_least(least), default=default, metavar="N",
             help=f"{help} (default: %(default)s)",
         )  # fmt: skip
 
@@ -84,21 +89,10 @@ def add_kind(kind: str, parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(enable_prefix_caching=False)
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """An argument's type: an integer from `least`."""
-
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise ValueError
-        return value
-
-    integer.__name__ = f"integer from {least}"  # what argparse calls it in its complaint
-    return integer
-
-
 def run(options: argparse.Namespace) -> int:
     """Measure one kind and report it."""
+    if options.kind == "serve":
+        return bench_serve.run(options)
     if options.output_json is not None and not options.output_json.resolve().parent.is_dir():
         raise ConfigError(f"--output-json {options.output_json}: no such folder")
     measure = {

@@ -29,7 +29,7 @@ VERBS = {
     "serve": "answer over HTTP, as OpenAI's API does",
     "tokenize": "show the tokens of a text",
     "warmup": "compile a model's kernels ahead of time",
-    "bench": "measure latency, throughput, startup or kernels",
+    "bench": "measure latency, throughput, serving, startup or kernels",
     "doctor": "say what runs on this machine, and why",
     "list": "list the models in the local cache",
     "pull": "download a model from the Hugging Face hub",

@@ -10,6 +10,7 @@ import argparse
 import json
 import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,6 +217,19 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
     return value
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argument's type: an integer from `least`."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise ValueError
+        return value
+
+    integer.__name__ = f"integer from {least}"  # what argparse calls it in its complaint
+    return integer
 
 
 def set_threads(options: argparse.Namespace) -> None:

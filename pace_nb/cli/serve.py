@@ -6,7 +6,6 @@ import argparse
 import secrets
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from pace_nb import env
 from pace_nb.cli import options as shared
@@ -36,11 +35,6 @@ NO_DEFAULT = {
     "max_requests_per_client": "none",
 }
 DEMO_NAME = "pace-nb-demo"
-ENGINE_FIELDS = (
-    "dtype", "kernels", "max_model_len", "kv_cache", "block_size", "enable_prefix_caching",
-    "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "kv_cache_memory_bytes",
-    "scheduling_policy", "speculative_config",
-)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,15 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what clients call the model (default: as it was given)",
     )  # fmt: skip
     shared.add_engine_arguments(parser)
-    engine = parser.add_argument_group("serving many at a time").add_argument
-    engine("--max-num-seqs", "--parallel", "-np", type=int, metavar="N",
-           help="sequences that run at a time, in each engine")  # fmt: skip
-    engine("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step")
-    engine("--enable-chunked-prefill", action=argparse.BooleanOptionalAction, default=True,
-           help="long prompts run in pieces between the others' tokens")  # fmt: skip
-    engine("--scheduling-policy", choices=("fcfs", "priority"),
-           help="who goes first: who came first, or the least priority of a request")  # fmt: skip
-    engine("--kv-cache-memory-bytes", type=int, metavar="BYTES", help="size of the KV cache")
+    shared.add_batching_arguments(parser)
+    engine = parser.add_argument_group("serving").add_argument
     engine("--data-parallel-size", "-dp", type=int, default=1, metavar="N",
            help="engines, each a process with cores and a copy of the model")  # fmt: skip
     engine("--seed", type=int, help="of requests that bring none (default: another each time)")
@@ -133,6 +120,7 @@ def run(options: argparse.Namespace) -> int:
         allowed_hosts=tuple(options.allowed_hosts),
         allowed_origins=tuple(options.allowed_origins),
         served_model_names=tuple(options.served_model_name or [options.model or DEMO_NAME]),
+        model=options.model or DEMO_NAME,
         data_parallel_size=options.data_parallel_size,
         reasoning_parser=options.reasoning_parser,
         tool_call_parser=options.tool_call_parser if options.enable_auto_tool_choice else "none",
@@ -141,10 +129,7 @@ def run(options: argparse.Namespace) -> int:
         log_requests=not options.disable_access_log,
         limits=Limits(**given),
     )
-    engine: dict[str, Any] = {
-        name: value for name in ENGINE_FIELDS if (value := getattr(options, name)) is not None
-    }
-    engine["num_threads"] = options.threads
+    engine = shared.engine_options(options)
     engine["seed"] = secrets.randbits(32) if options.seed is None else options.seed
     config = EngineConfig(**engine)  # what it refuses, it refuses here
     return run_server(

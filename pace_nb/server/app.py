@@ -74,7 +74,7 @@ def _model(service: Service, name: str) -> Json:
         "object": "model",
         "created": service.created,
         "owned_by": "pace-nb",
-        "root": service.settings.served_model_names[0],
+        "root": service.settings.model,
         "parent": None,
         "max_model_len": service.max_model_len,
         "permission": [],

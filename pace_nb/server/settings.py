@@ -29,6 +29,9 @@ class Settings:
             are named, any.
         allowed_origins: Of web pages elsewhere that may ask; "*" is all of them.
         served_model_names: What the model is called; the first is told.
+        model: Where it comes from, as it was given: a directory or a name on the hub. Clients that
+            make prompts of their own look for its tokenizer there (`root` in /v1/models, as vLLM
+            has it).
         data_parallel_size: Engines.
         reasoning_parser, tool_call_parser: Names of `openai_api/message_format.py`; "auto" is what
             the chat template asks for, "none" leaves everything in the text.
@@ -46,6 +49,7 @@ class Settings:
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ("pace-nb-demo",)
+    model: str = "pace-nb-demo"
     data_parallel_size: int = 1
     reasoning_parser: str = "auto"
     tool_call_parser: str = "auto"

@@ -83,3 +83,17 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ConfigError, match=r"pip install 'pace-nb\[bench\]'"):
         plots.shares(ROWS, "x", tmp_path / "x.png")
+
+
+def test_serving_shows_what_succeeded(tmp_path):
+    path = tmp_path / "serve.svg"
+    result = {
+        "errors": ["", "503", ""], "start_times": [50.0, 50.1, 51.5], "ttfts": [0.5, 0.0, 0.2],
+        "itls": [[0.1, 0.2], [], []], "latencies": [0.8, 0.0, 0.2],
+    }  # fmt: skip
+    assert plots.serving(result, "two of three", path)
+    text = path.read_text()
+    for word in ("two of three", "TTFT", "ITL", "E2EL", "to the first token"):
+        assert f"<!-- {word} -->" in text
+    assert not plots.serving({**result, "errors": ["x"] * 3}, "none", tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()

@@ -29,7 +29,7 @@ def given(monkeypatch):
 def test_defaults(given):
     settings, engine, max_num_seqs, level, kind = given()
     assert (settings.host, settings.port, settings.api_keys) == ("127.0.0.1", 8000, ())
-    assert settings.served_model_names == ("pace-nb-demo",)
+    assert settings.served_model_names == ("pace-nb-demo",) == (settings.model,)
     assert settings.limits == type(settings.limits)() and settings.log_requests
     assert engine.model == hub.DEMO_MODEL and max_num_seqs == 32
     assert (level, kind, settings.metrics_prefix) == ("info", "text", "pace_nb")
@@ -52,7 +52,8 @@ def test_vllms_names(given):
         "dtype": "float32", "kernels": "numba", "max_model_len": 128, "kv_cache": "paged",
         "enable_prefix_caching": False, "max_num_seqs": 7, "max_num_batched_tokens": 64,
         "enable_chunked_prefill": False, "kv_cache_memory_bytes": 1000000, "num_threads": 1,
-        "seed": 3, "scheduling_policy": "priority",
+        "seed": 3, "scheduling_policy": "priority", "block_size": None,
+        "speculative_config": None,
     }  # fmt: skip
 
 

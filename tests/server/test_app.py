@@ -37,7 +37,10 @@ def test_models(server, tight):
     missing = server.get("/v1/models/../../etc/passwd")
     assert missing.status == 404 and missing.error["type"] == "NotFoundError"
     named = tight.get("/v1/models").json()["data"]
-    assert [(one["id"], one["root"]) for one in named] == [("tight", "tight"), ("other", "tight")]
+    assert [(one["id"], one["root"]) for one in named] == [
+        ("tight", "pace-nb-demo"),
+        ("other", "pace-nb-demo"),
+    ]
     assert tight.complete(max_tokens=1, model="other").json()["model"] == "tight"
 
 

@@ -291,7 +291,7 @@ def test_an_answer_streams_and_can_be_stopped(page, slow):
     page.idle()
     assert page.text(".assistant .note") == "Stopped."
     text = page.answers()
-    slow.idle(50)  # the server has let go of it
+    slow.idle()  # the server has let go of it
     assert page.answers() == text and text[0]
     assert slow.metric("client_disconnects_total") >= 1
     page.send("Go on.", wait=False)
@@ -323,7 +323,7 @@ def test_the_engine_is_seen_at_work(page, slow):
     assert page.text("#kv").endswith("%") and page.text("#waiting") == "0"
     response.close()
     connection.close()
-    slow.idle(50)
+    slow.idle()
     page.open(slow)
     page.wait(lambda: page.text("#running") == "0")
 

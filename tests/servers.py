@@ -26,6 +26,11 @@ TIGHT = """
 SLOW = """
     --kernels reference --max-num-seqs 4 --max-num-batched-tokens 16 --sse-ping-interval 0.05
 """
+SHARED = {  # name -> arguments, environment, the key that requests bring
+    "server": ("", {}, None),
+    "tight": (TIGHT, {"PACE_NB_API_KEY": "third-secret"}, "secret"),
+    "slow": (SLOW, {}, None),
+}
 
 
 class Reply:
@@ -186,7 +191,7 @@ class Server:
     def metric(self, name):
         return self.metrics()[f"pace_nb:{name}"]
 
-    def idle(self, timeout=10):
+    def idle(self, timeout=50):
         """Wait until nothing runs, waits or owns a block."""
         wait(lambda: self.loads() == (0, 0, 0.0, 0), timeout, self.loads)
 
@@ -215,60 +220,43 @@ def wait(condition, timeout, told=lambda: ""):
 
 
 @pytest.fixture(scope="session")
-def _shared(tmp_path_factory):
-    made = Server(tmp_path_factory.mktemp("server") / "log")
-    try:
-        yield made.ready()
-    finally:
-        code = made.stop()
-    assert code == 0
-    assert "Traceback" not in made.log()
+def lend(tmp_path_factory):
+    """Lends the server of a name from SHARED, started when it is first asked for; idle after it."""
+    made = {}
+
+    def lend(name):
+        if name not in made:
+            arguments, environment, key = SHARED[name]
+            log = tmp_path_factory.mktemp(name) / "log"
+            made[name] = Server(log, *arguments.split(), environment=environment)
+            made[name].key = key
+            made[name].ready()
+        yield made[name]
+        made[name].idle()
+
+    yield lend
+    codes = {name: one.stop() for name, one in made.items()}
+    assert codes == dict.fromkeys(made, 0)
+    for one in made.values():
+        assert "Traceback" not in one.log()
 
 
 @pytest.fixture
-def server(_shared):
-    """A server of the bundled model with default limits, that many tests use; idle after each."""
-    yield _shared
-    _shared.idle()
-
-
-@pytest.fixture(scope="session")
-def _tight(tmp_path_factory):
-    made = Server(
-        tmp_path_factory.mktemp("tight") / "log",
-        *TIGHT.split(),
-        environment={"PACE_NB_API_KEY": "third-secret"},
-    )
-    try:
-        made.key = "secret"
-        yield made.ready()
-    finally:
-        code = made.stop()
-    assert code == 0
-    assert "Traceback" not in made.log()
+def server(lend):
+    """A server of the bundled model with default limits, that many tests use."""
+    yield from lend("server")
 
 
 @pytest.fixture
-def tight(_tight):
-    """A server with keys, one sequence at a time, and every limit low; idle after each test."""
-    yield _tight
-    _tight.idle()
-
-
-@pytest.fixture(scope="session")
-def _slow(tmp_path_factory):
-    made = Server(tmp_path_factory.mktemp("slow") / "log", *SLOW.split())
-    try:
-        yield made.ready()
-    finally:
-        made.stop()
+def tight(lend):
+    """A server with keys, one sequence at a time, and every limit low."""
+    yield from lend("tight")
 
 
 @pytest.fixture
-def slow(_slow):
+def slow(lend):
     """A server whose answers take seconds: reference kernels, prompts in pieces of 16 tokens."""
-    yield _slow
-    _slow.idle(50)
+    yield from lend("slow")
 
 
 @pytest.fixture
