@@ -8,7 +8,7 @@
 #   make test              the default suite: kernels interpreted, kernels on a generic CPU, everything compiled
 #   make test-long         the property tests with 20 times as many examples, and 10,000 requests in a row
 #   make test-interpreted  kernel tests as plain Python (NUMBA_DISABLE_JIT=1)
-#   make notebooks         execute every notebook in place
+#   make notebooks         execute every notebook in place, with the seconds that each took
 #   make bench             measure every kernel against the machine's limits, rewrite the README table, draw plots
 #   make docs              regenerate what is generated in the docs and check every link
 #
@@ -77,13 +77,8 @@ test-long: $(VENV)/.installed-test
 test-interpreted: $(VENV)/.installed-test
 	NUMBA_DISABLE_JIT=1 $(PYTEST) -q tests/kernels
 
-NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
-
-notebooks: $(if $(NOTEBOOKS),$(VENV)/.installed-notebooks)
-	@$(if $(NOTEBOOKS),,echo "make notebooks: there are no notebooks/NN_*.ipynb yet")
-	@for notebook in $(NOTEBOOKS); do \
-	    echo "make: executing $$notebook"; $(BIN)/jupyter execute --inplace "$$notebook" || exit 1; \
-	done
+notebooks: $(VENV)/.installed-notebooks
+	@$(BIN)/python notebooks/execute.py
 
 bench: $(VENV)/.installed-test
 	@for bench in bench/kernels/bench_*.py; do \

@@ -55,6 +55,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
         kernel_name="python3",
         resources={"metadata": {"path": str(HERE)}},
         record_timing=False,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
         coalesce_streams=True,
     )
     client.execute(env=env)

@@ -18,6 +18,7 @@ from matplotlib import patheffects, rc_context
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import StrMethodFormatter
 from PIL import Image
 
 from nblib.measure import Limits, Timing
@@ -380,6 +381,7 @@ def curves(
         axes.tick_params(labelsize=SMALL)
         if logx:
             axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         if logy:
             axes.set_yscale("log")
         axes.grid(True, alpha=0.25)

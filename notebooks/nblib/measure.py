@@ -47,6 +47,17 @@ def fast() -> bool:
     return os.environ.get("PACE_NB_FAST", "") not in ("", "0")
 
 
+@contextmanager
+def _threads(n: int | None) -> Iterator[int]:
+    before = jit.num_threads()
+    if n is not None:
+        jit.set_num_threads(n)
+    try:
+        yield jit.num_threads()
+    finally:
+        jit.set_num_threads(before)
+
+
 # ---- limits --------------------------------------------------------------------------------------
 class Limit(NamedTuple):
     """What a run is held against: `unit` is "FLOP" or "B"; of the probes the fastest counts."""
@@ -74,7 +85,7 @@ def copy_limit(moved: float) -> Limit:
 
 @dataclass(frozen=True)
 class Limits:
-    """This machine, all threads: FLOP/s of dot products, bytes/s of reading DRAM and of copying."""
+    """This machine: FLOP/s of dot products, bytes/s of reading DRAM and of copying."""
 
     bf16: float
     f32: float
@@ -88,16 +99,17 @@ class Limits:
         )
 
 
-def limits() -> Limits:
-    """Measure the machine: about a second."""
+def limits(threads: int | None = None) -> Limits:
+    """Measure the machine with so many threads (None: all): about a second."""
     repeats, size = (1, STREAMED // 16) if fast() else (7, STREAMED)
     buffer = np.ones(size // 4, np.float32)
-    return Limits(
-        flop_peak(np.uint16, repeats),
-        flop_peak(np.float32, repeats),
-        dram_read_rate(buffer, repeats),
-        copy_rate(size // 2, repeats),
-    )
+    with _threads(threads):
+        return Limits(
+            flop_peak(np.uint16, repeats),
+            flop_peak(np.float32, repeats),
+            dram_read_rate(buffer, repeats),
+            copy_rate(size // 2, repeats),
+        )
 
 
 @dataclass(frozen=True)
@@ -227,17 +239,6 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-@contextmanager
-def _threads(n: int | None) -> Iterator[int]:
-    before = jit.num_threads()
-    if n is not None:
-        jit.set_num_threads(n)
-    try:
-        yield jit.num_threads()
-    finally:
-        jit.set_num_threads(before)
-
-
 def timeit(
     runs: Mapping[str, Callable[[], object]],
     *,
@@ -294,7 +295,9 @@ def timeit(
         )
     rounds = len(timed[next(iter(runs))].rounds)
     kind = "cold" if cold else "warm"
-    caption = f"{used} thread{'s' * (used > 1)}, {kind}, {rounds} interleaved rounds"
+    caption = (
+        f"{used} thread{'s' * (used > 1)}, {kind}, {rounds} interleaved round{'s' * (rounds > 1)}"
+    )
     if limit:
         per_second = "GFLOP/s" if limit.unit == "FLOP" else "GB/s"
         caption += f"; the limit is the {limit.name}: {rates[fastest] / 1e9:.3g} {per_second}"
