@@ -145,6 +145,10 @@ async def generate(
         await exchange.accepted(service.settings.limits.keep_alive_interval)
         if not body.stream:
             return json_response(answer.whole(await exchange.outputs()))
+    except asyncio.CancelledError:  # how Ray Serve says that the client went
+        exchange.client_gone()
+        exchange.close()
+        raise
     except BaseException:
         exchange.close()
         raise
@@ -245,7 +249,11 @@ class Exchange:
         """When the client goes, so do its sequences, whatever is being waited for."""
         while (await self._request.receive())["type"] != "http.disconnect":
             pass
-        if self.mailbox.finished:
+        self.client_gone()
+
+    def client_gone(self) -> None:
+        """Nobody waits for the rest; twice is once."""
+        if self.mailbox.finished or self.mailbox.error is not None:
             return
         self._service.metrics.disconnected()
         for engine, ticket in self._tickets:
@@ -304,6 +312,9 @@ async def _events(
             yield event(answer.usage_chunk())
     except ApiError as error:
         yield event(error_body(error))
+    except asyncio.CancelledError:
+        exchange.client_gone()
+        raise
     yield DONE
 
 

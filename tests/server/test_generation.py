@@ -58,9 +58,19 @@ def test_the_client_gets_what_the_model_says(client, llm):
     )  # fmt: skip
     *chunks, last = list(pieces)
     assert "".join(chunk.choices[0].text for chunk in chunks) == got.choices[0].text
-    assert len(chunks) > 10 and chunks[-1].choices[0].finish_reason == "length"
+    assert chunks[-1].choices[0].finish_reason == "length"
     assert last.choices == [] and last.usage.completion_tokens == 20
     assert {chunk.id for chunk in chunks} == {last.id}
+
+
+def test_pieces_come_as_the_model_writes_them(slow):
+    """Not all at the end: at the first of them the model has hardly begun."""
+    usage = {"continuous_usage_stats": True, "include_usage": True}
+    events = slow.events(prompt=STORY, max_tokens=120, ignore_eos=True, stream_options=usage)
+    assert events[-1] == "[DONE]"
+    told = [json.loads(event)["usage"]["completion_tokens"] for event in events[:-1]]
+    assert told[0] < 60 and told[-1] == 120
+    assert told == sorted(told) and len(set(told)) > 10
 
 
 def test_chat_through_the_client(client, llm):

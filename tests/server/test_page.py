@@ -316,16 +316,23 @@ def test_a_long_prompt_says_how_far_it_is(page, slow):
 
 @in_browser
 def test_the_engine_is_seen_at_work(page, slow):
+    """The page looks again by itself, while it is open and nobody touches it."""
+    page.open(slow).wait(lambda: page.text("#running") == "0")
+    looks = page.run(
+        "window.looks = 0; new PerformanceObserver((list) => { for (const one of list.getEntries())"
+        " window.looks += one.name.endsWith('/metrics') }).observe({ type: 'resource' });"
+        " return window.looks"
+    )
+    assert looks == 0
     connection, response = slow.open_stream(max_tokens=900, ignore_eos=True)
-    assert response.status == 200
-    page.open(slow)
+    assert response.status == 200, response.read()  # 2000 tokens would be refused
     page.wait(lambda: page.text("#running") == "1")
     assert page.text("#kv").endswith("%") and page.text("#waiting") == "0"
+    page.wait(lambda: page.text("#throughput") not in ("–", "0.0"))
     response.close()
     connection.close()
-    slow.idle()
-    page.open(slow)
-    page.wait(lambda: page.text("#running") == "0")
+    page.wait(lambda: page.text("#running") == "0" and page.text("#throughput") == "0.0")
+    assert page.run("return window.looks") >= 3
 
 
 @in_browser
