@@ -9,8 +9,11 @@ the number of their rows. Does not know tokens, models or caches.
 
 Guesses are handed out one by one, the most promising first, for as long as the rate rises. Where it
 does not come out above B / (t0 + t1 B), which is the rate without guesses, nobody gets any: that is
-so where many requests run, as a step is then bound by arithmetic and each row has its price. Every
-PROBE_EVERY steps guesses are made all the same, so that better times are noticed.
+so where many requests run, as a step is then bound by arithmetic and each row has its price.
+
+What is never done is never measured. So every PROBE_EVERY steps guesses are made all the same, one
+for each request if no more are promising, and better times are noticed. And steps of one number of
+rows do not tell what a row costs: after some of them a step goes without guesses.
 """
 
 from __future__ import annotations
@@ -25,16 +28,22 @@ COST_DECAY = 0.95  # of a step's weight in the fit, per step after it: the last 
 LUCK_DECAY = 0.9  # of a verification's weight in a request's acceptance: the last 10 count
 PRIOR_WEIGHT = 4.0  # guesses that the acceptance of all requests counts for in that of a new one
 FIRST_ACCEPTANCE = 0.8  # before anything was verified: high, so that guessing is tried
+TRIED = 32  # guesses in a step, of all requests, before it is known what they cost
 SKIPPED = 2  # first measurements, in which kernels are compiled
+SPREAD = 0.05  # of the mean: where numbers of rows deviate less, they do not tell what a row costs
 OUTLIER = 2.0  # times what was to be expected: what is slower counts as this much
 
 
 @dataclass
 class LinearCost:
-    """seconds(rows) = fixed + per_row * rows, fitted by least squares to the last observations."""
+    """seconds(rows) = fixed + per_row * rows, fitted by least squares to the last observations.
+
+    varied: their rows differ enough to tell `per_row`; while they do not, it stays what it was.
+    """
 
     fixed: float = 0.0
     per_row: float = 0.0
+    varied: bool = False
     _num: int = 0
     _sums: list[float] = field(default_factory=lambda: [0.0] * 5)  # 1, x, y, x x, x y
 
@@ -51,7 +60,8 @@ class LinearCost:
         self._sums = [COST_DECAY * old + one for old, one in zip(self._sums, new, strict=True)]
         weight, x, y, xx, xy = self._sums
         spread = weight * xx - x * x
-        slope = (weight * xy - x * y) / spread if spread > 1e-9 * weight * xx else 0.0
+        self.varied = spread > (SPREAD * x) ** 2
+        slope = (weight * xy - x * y) / spread if self.varied else self.per_row
         # No row is free of cost below zero, and none costs more than all of it.
         self.per_row = min(max(slope, 0.0), y / max(x, 1e-9))
         self.fixed = (y - self.per_row * x) / weight
@@ -104,7 +114,7 @@ class DraftLengths:
         """How many guesses each gets, at most `limits[i]`."""
         self._num_steps += 1
         if not self.target.known:
-            return list(limits)
+            return [min(limit, max(1, TRIED // len(limits))) for limit in limits]
         gains = []
         for index, (request, limit) in enumerate(zip(requests, limits, strict=True)):
             acceptance = gain = self.acceptance(request)
@@ -121,6 +131,10 @@ class DraftLengths:
                 break
             tokens, seconds = tokens + gain, seconds + per_row
             chosen[index] += 1
-        if tokens * plain <= num * seconds and self._num_steps % PROBE_EVERY:
+        if tokens * plain <= num * seconds:  # they do not pay
+            if self._num_steps % PROBE_EVERY:
+                return [0] * num
+            return chosen if any(chosen) else [min(limit, 1) for limit in limits]
+        if not self.target.varied:
             return [0] * num
         return chosen

@@ -68,7 +68,7 @@ class SpeculativeStats:
     num_draft_tokens, num_accepted_tokens: guesses, and those that were right and kept.
     num_accepted_tokens_per_pos: of the first, second, ... guess, how many were accepted.
     num_steps_off: steps in which somebody could have had guesses and nobody got any, because they
-        would not have paid (draft_lengths.py).
+        would not have paid, or to see what a step costs without (draft_lengths.py).
     """
 
     num_spec_tokens: int

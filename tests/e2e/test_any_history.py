@@ -2,8 +2,9 @@
 
 The scripted model of tests/engine stands for the real one. Requests arrive, alone or 63 at a time,
 with priorities and salts; steps run; requests are given up; the cache denies room, the model or the
-cache raises, all at any moment, in one step too. After every step the cache must be sound; at the
-end it must be empty, and the next request must be served.
+cache raises, all at any moment, in one step too, with guesses that hold or not, or without any.
+After every step the cache must be sound; at the end it must be empty, and the next request must be
+served.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from pace_nb.config import KV_CACHE_KINDS
+from pace_nb.engine.speculative import Draft
 from tests.engine.conftest import Scripted
 
 BEGINNINGS = [[7, 3, 9, 1] * 12, [2] * 40]
@@ -26,6 +28,41 @@ PARAMS = [
 INJECTED = "injected"
 
 
+class Foreseeing:
+    """Guesses what a request gets alone; every third guess is wrong, and every seventh call fails.
+
+    `asked` tells how the request with an id was made. `known`: who was guessed for and not
+    forgotten yet.
+    """
+
+    def __init__(self, asked):
+        self.asked, self.futures, self.count = asked, {}, 0
+        self.known = set()
+
+    def propose(self, requests, limits):
+        self.count += 1
+        self.known.update(request.request_id for request in requests)
+        if self.count % 7 == 0:
+            raise RuntimeError(INJECTED)
+        return [
+            Draft([t if (self.count + i) % 3 else (t + 1) % 38 for i, t in enumerate(future)])
+            for future in map(self._coming, requests, limits)
+        ]
+
+    def _coming(self, request, limit):
+        name = request.request_id
+        if name not in self.futures:
+            prompt, max_tokens, params = self.asked(name)
+            alone = Scripted.request("x", prompt, max_tokens=max_tokens, **params)
+            Scripted.setup(kv_cache="contiguous").run(alone)
+            self.futures[name] = alone.generated_token_ids
+        done = request.num_generated_tokens
+        return self.futures[name][done : done + limit]
+
+    def forget(self, request):
+        self.known.discard(request.request_id)
+
+
 class History(RuleBasedStateMachine):
     """One engine and all that was asked of it."""
 
@@ -35,8 +72,15 @@ class History(RuleBasedStateMachine):
         budget=st.integers(8, 90),
         chunked=st.booleans(),
         max_num_seqs=st.integers(1, 8),
+        num_guesses=st.sampled_from([0, 1, 5, 33]),
     )
-    def open(self, kind, units, budget, chunked, max_num_seqs):
+    def open(self, kind, units, budget, chunked, max_num_seqs, num_guesses=0):
+        self.asked = []  # (request, how to make it again)
+        self.drafter = Foreseeing(
+            lambda name: ([1, 2, 3], 8, {}) if name == "last" else self.asked[int(name)][1]
+        )
+        speculative = {"method": "ngram", "num_speculative_tokens": num_guesses}
+        given = {"speculative_config": speculative, "drafter": self.drafter} if num_guesses else {}
         self.setup = Scripted.setup(
             num_units=units,
             max_num_seqs=max_num_seqs,
@@ -45,8 +89,8 @@ class History(RuleBasedStateMachine):
             kv_cache=kind,
             block_size=None if kind == "contiguous" else 16,
             scheduling_policy="priority",
+            **given,
         )
-        self.asked = []  # (request, how to make it again)
         self.deny = self.fail_model = self.fail_commit = 0
         self.injected = 0
         cache, model = self.setup.cache, self.setup.model
@@ -135,6 +179,7 @@ class History(RuleBasedStateMachine):
         if not hasattr(self, "setup"):
             return
         self.setup.run(Scripted.request("last", [1, 2, 3]))  # and all that is left
+        assert not self.drafter.known
         for request, (prompt, max_tokens, params) in self.asked:
             expected = Scripted.request("x", prompt, max_tokens=max_tokens, **params)
             Scripted.setup(kv_cache="contiguous").run(expected)

@@ -42,6 +42,39 @@ def test_costs_of_one_number_of_rows_are_all_fixed():
     assert (cost.fixed, cost.per_row) == pytest.approx((2.0, 0.0))
 
 
+def test_steps_of_one_size_do_not_change_what_a_row_costs():
+    cost = LinearCost()
+    for rows in [1, 1, 5, 9, 30] * 10:
+        cost.observe(rows, 3 + 0.1 * rows)
+    random = np.random.default_rng(1)
+    for _ in range(500):  # of which each says something else by chance
+        cost.observe(30, 6 * random.uniform(0.9, 1.1))
+    assert not cost.varied
+    assert (cost.fixed, cost.per_row) == pytest.approx((3.0, 0.1), rel=0.1)
+
+
+def test_a_step_without_guesses_tells_what_they_cost(scripted):
+    """31 requests that always guess 12: all steps have 403 rows, until one goes without."""
+    requests, lengths = [scripted.request(str(i), [1]) for i in range(31)], DraftLengths()
+    sums = []
+    for _ in range(200):
+        sums.append(sum(lengths.choose(requests, [12] * 31)))
+        for request in requests:
+            lengths.verified(request, 12, 12)
+        lengths.target.observe(31 + sums[-1], 1 + 0.001 * (31 + sums[-1]))
+    assert sums[0] == 31 and lengths.target.per_row == pytest.approx(0.001, rel=0.01)
+    assert 1 <= sums.count(0) <= 10 and sums.count(372) > 180
+
+
+def test_where_nothing_holds_one_guess_is_tried_now_and_then(scripted):
+    request, lengths = scripted.request("0", [1]), lengths_with((1.0, 0.3))
+    told(lengths, request, 0)
+    chosen = [lengths.choose([request], [12])[0] for _ in range(2 * PROBE_EVERY)]
+    assert sum(chosen) == 2
+    told(lengths, request, 10)  # better times
+    assert lengths.choose([request], [12])[0] > 3
+
+
 def test_everything_is_tried_before_anything_is_known(scripted):
     request = scripted.request("0", [1])
     assert DraftLengths().choose([request], [12]) == [12]

@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from pace_nb.config import SpeculativeConfig
+from pace_nb.engine import engine as engine_module
+from pace_nb.engine import speculative as speculative_module
 from pace_nb.engine.sampler import _edits
 from pace_nb.engine.speculative import Draft, PromptLookup, SpeculativeStats
 from pace_nb.errors import ConfigError
@@ -512,6 +514,71 @@ def test_guesses_that_cost_too_much_are_turned_off_and_counted(scripted):
     assert request.num_generated_tokens == 60
     assert setup.engine.speculative_stats.num_steps_off >= 50
     assert len(drafter.told) < 8
+
+
+class Clock:
+    """Time as a step's rows make it: what a step of `fixed + per_row * rows` seconds would take."""
+
+    def __init__(self, fixed, per_row):
+        self.now, self.fixed, self.per_row = 0.0, fixed, per_row
+
+    def perf_counter(self):
+        return self.now
+
+    monotonic = perf_counter
+
+    def computes(self, batch):
+        self.now += self.fixed + self.per_row * batch.num_tokens
+
+
+@pytest.mark.parametrize("right", [0.0, 0.7, 1.0])
+def test_with_many_running_requests_guessing_turns_itself_down(scripted, monkeypatch, right):
+    """Rows cost as much as the weights when there are 10 of them. Alone a request gets its guesses;
+    among 30 nobody does, or who is lucky, and the statistics say so; when the others have gone it
+    gets them again. It takes no longer than without speculation, but for what finding out costs."""
+    clock = Clock(1.0, 0.1)
+    monkeypatch.setattr(engine_module, "time", clock)
+    monkeypatch.setattr(speculative_module, "time", clock)
+    options = {"num_units": 400, "max_num_seqs": 32, "max_num_batched_tokens": 1000}
+    params = {"ignore_eos": True, "allowed_token_ids": list(range(38))}
+    specifications = [(list(range(1 + i % 7)), 150 if i < 30 else 250, params) for i in range(31)]
+
+    def took(setup, requests):
+        setup.model.before_run = clock.computes
+        before = clock.now
+        for request in requests:
+            setup.engine.add(request)
+        counts = {}  # running requests: steps, and those that had guesses
+        while setup.engine.num_unfinished:
+            running = len(setup.engine._scheduler.running)
+            given, steps = len(setup.model.batches), counts.setdefault(running, [0, 0])
+            setup.step()
+            (batch,) = setup.model.batches[given:]
+            steps[0] += 1
+            steps[1] += batch.num_tokens > batch.num_requests
+        return clock.now - before, counts
+
+    plain = build(scripted, specifications)
+    plain_seconds, _ = took(scripted.setup(**options), plain)
+    drafter = Foreseeing({one.request_id: one.generated_token_ids for one in plain}, right)
+    speculative = {"method": "ngram", "num_speculative_tokens": 12, "adaptive": True}
+    setup = scripted.setup(**options, speculative_config=speculative, drafter=drafter)
+    requests = build(scripted, specifications)
+    seconds, counts = took(setup, requests)
+    assert [r.token_ids for r in requests] == [r.token_ids for r in plain]
+    stats = setup.engine.speculative_stats
+    steps, with_guesses = counts[31]
+    alone, alone_with = counts[1]
+    if right == 1.0:  # then it always pays
+        assert with_guesses >= steps - 3 and seconds < 0.9 * plain_seconds
+        assert stats.num_steps_off <= 5
+        return
+    assert with_guesses < 0.2 * steps and stats.num_steps_off > 100
+    assert seconds < 1.1 * plain_seconds
+    if right == 0.0:
+        assert alone_with <= 5
+    else:
+        assert alone_with > 0.8 * alone and alone > 15
 
 
 # ---- prompt lookup ----
