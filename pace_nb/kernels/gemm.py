@@ -48,9 +48,7 @@ from pace_nb.kernels.lanes import (
     prefetch,
     prefetch_once,
     tile_dot,
-    tile_load,
     tile_load_tail,
-    tile_store,
     tile_store_tail,
     tile_zeros,
 )
@@ -60,10 +58,20 @@ from pace_nb.kernels.memory import zeros
 NR = 64  # columns of a panel: one cache line of pairs per vector, four vectors per step of k
 NV = 4  # vectors of a panel
 MR = 6  # rows of a tile: 6 x 4 accumulators, 4 vectors of W and 1 of A fill 29 of the 32 registers
-# Steps of k that the panel is asked for in advance: 4 KiB, where the hardware's prefetcher, which
-# stops at the end of a page, has not gone yet. 3 to 10 % at M = 6 to 32, nothing lost elsewhere.
+# So many rows are one tile, too. It does not fit the registers, but DRAM, for which it waits, is
+# slower than spilling; a second pass over the panel, from L2, would leave DRAM idle: 1.2 times the
+# time of one row instead of 1.04 (docs/LOG.md).
+TALL = 8
+UNEVEN = (3, 5, 7)  # rows that are one tile if there is one more, and two or three if not
+# Steps of k that a panel read once is asked for in advance: 4 KiB, where the hardware's prefetcher,
+# which stops at the end of a page, has not gone yet.
 AHEAD = 16
 KC = 2048  # k per block: a panel's block is 256 KiB in BF16, a quarter of L2; read M / MR times
+# While a block meets its last rows, the next one is asked for, so that its first rows find it in
+# L2: DRAM would feed them four times slower than they compute. Earlier, A would push it out again.
+ASKING = 48
+FRACTION = 16  # bits below the point in how much of the next block has been asked for
+ONCE = -1  # a rate of asking: nobody reads this block again, and it is asked for step by step
 
 
 _NO_BIAS = np.empty(0, np.float32)
@@ -130,34 +138,45 @@ def _row_tile(mr):
     """The device function for `mr` rows; every size is its own type of tile, held in registers."""
 
     @jit.device_fn
-    def rows(a, a0, lda, b, b0, steps, once, first, bias, column, c, c0, ldc, columns):
-        # a [mr, steps * S] at a0; b [steps, 64, S] at b0; c [mr, columns] at c0
+    def rows(a, a0, lda, b, b0, steps, ask0, rate, begun, c, c0, ldc, columns):
+        # a [mr, steps * S] at a0; b [steps, 64, S] at b0; c [mr, columns] at c0, begun or not
         s = per_word(a)
-        if not first and columns == NR:
-            acc = tile_load(mr, NV, c, c0, ldc)
-        elif not first:
+        acc = tile_zeros(mr, NV)
+        if begun:
             acc = tile_load_tail(mr, NV, c, c0, ldc, columns)
-        elif bias.size:
-            acc = tile_load(mr, NV, bias, column, 0)
-        else:
-            acc = tile_zeros(mr, NV)
+        following, asked = b0 + steps * NR * s, ask0
         for p in range(steps):
             at = b0 + p * NR * s
-            for v in range(NV):
-                if once:
+            if rate == ONCE:
+                for v in range(NV):
                     prefetch_once(b, at + (AHEAD * NR + v * 16) * s)
-                else:
-                    prefetch(b, at + (AHEAD * NR + v * 16) * s)
+            else:
+                pair = following + (asked >> FRACTION) * 32 * s
+                prefetch(b, pair)
+                prefetch(b, pair + 16 * s)
+                asked += mr * rate
             acc = tile_dot(acc, a, a0 + p * s, lda, b, at, 16 * s)
-        if columns == NR:
-            tile_store(acc, c, c0, ldc)
-        else:
-            tile_store_tail(acc, c, c0, ldc, columns)
+        tile_store_tail(acc, c, c0, ldc, columns)
 
     return rows
 
 
-_rows_6, _rows_4, _rows_2, _rows_1 = (_row_tile(mr) for mr in (6, 4, 2, 1))
+def _row_tiles(heights):
+    """The device function for the first of `heights` that `left` rows fill; returns it."""
+    mr, tile = heights[0], _row_tile(heights[0])
+    lower = _row_tiles(heights[1:]) if heights[1:] else None
+
+    @jit.device_fn
+    def rows(left, *operands):
+        if lower is not None and left < mr:
+            return lower(left, *operands)
+        tile(*operands)
+        return mr
+
+    return rows
+
+
+_rows = _row_tiles((TALL, MR, 4, 2, 1))
 
 
 @jit.device_fn
@@ -168,29 +187,20 @@ def panel(a, a0, b, j, bias, column, c, c0, ldc, m, k, columns):
     """
     s = per_word(a)
     steps = (k + s - 1) // s
-    once = m <= MR  # no tile after the first will read the panel again
+    tall = TALL if m == TALL else MR
+    asking = min(m, ASKING)  # rows; in step with them the next block is asked for, 2 pairs a step
+    rate = ONCE if m in (1, 2, 4, MR, TALL) else (2 << FRACTION) // max(1, asking)
+    for i in range(m if bias.size else 0):
+        for n in range(columns):
+            c[c0 + i * ldc + n] = bias[column + n]
     for p in range(0, steps, KC // s):
-        n, first = min(KC // s, steps - p), p == 0
+        n, begun = min(KC // s, steps - p), p > 0 or bias.size > 0
         at, bt, i = a0 + p * s, (j * steps + p) * NR * s, 0
-        while m - i >= MR:
-            _rows_6(
-                a, at + i * k, k, b, bt, n, once, first, bias, column, c, c0 + i * ldc, ldc, columns
-            )
-            i += MR
-        if m - i >= 4:
-            _rows_4(
-                a, at + i * k, k, b, bt, n, once, first, bias, column, c, c0 + i * ldc, ldc, columns
-            )
-            i += 4
-        if m - i >= 2:
-            _rows_2(
-                a, at + i * k, k, b, bt, n, once, first, bias, column, c, c0 + i * ldc, ldc, columns
-            )
-            i += 2
-        if m - i >= 1:
-            _rows_1(
-                a, at + i * k, k, b, bt, n, once, first, bias, column, c, c0 + i * ldc, ldc, columns
-            )
+        while i < m:
+            late = i - (m - asking)
+            ask0, ask = (late * n * rate, rate) if late >= 0 else (0, 0)
+            left, ci = min(tall, m - i), c0 + i * ldc
+            i += _rows(left, a, at + i * k, k, b, bt, n, ask0, ask, begun, c, ci, ldc, columns)
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -323,26 +333,34 @@ def gemm(
     require("gemm", "x", x, ("M", weight.k), (weight.data.dtype,))
     if bias is not None:
         require("gemm", "bias", bias, (weight.n,))
-    if out is None:
-        out = np.empty((len(x), weight.n), np.float32)
-    else:
+    if out is not None:
         require("gemm", "out", out, (len(x), weight.n))
         writable("gemm", "out", out)
         if np.may_share_memory(x, out):
             raise ValueError("gemm: out shares memory with x, which is read until the end")
     if jit.use_reference():
-        out[...] = narrow(gemm_ref(x, unpack_weight(weight), bias), np.float32)
-        return out
-    k_pad, n_pad = -weight.k % _step(x), -weight.n % NR
-    if k_pad:
-        x = np.pad(x, ((0, 0), (0, k_pad)))  # an odd K: the last pair needs its zero
+        exact = narrow(gemm_ref(x, unpack_weight(weight), bias), np.float32)
+        return exact if out is None else _put(exact, out)
+    m, n = len(x), weight.n
+    m_pad = int(m in UNEVEN)  # a row of zeros
+    k_pad, n_pad = -weight.k % _step(x), -n % NR  # an odd K: the last pair needs its zero
+    if m_pad or k_pad:
+        x = np.pad(x, ((0, m_pad), (0, k_pad)))
     if bias is None:
         bias = _NO_BIAS
     elif n_pad:
         bias = np.pad(bias, (0, n_pad))
-    flat, padded = np.ascontiguousarray(x).reshape(-1), np.ascontiguousarray(bias)
-    with jit.threads_for(weight.data.nbytes * -(-len(x) // MR)):
-        _gemm_kernel(flat, weight.data, padded, out.reshape(-1), len(x), weight.n, weight.k + k_pad)
+    c = np.empty((m + m_pad, n), np.float32) if out is None or m_pad else out
+    a, bias = np.ascontiguousarray(x).reshape(-1), np.ascontiguousarray(bias)
+    with jit.threads_for(weight.data.nbytes * -(-m // MR)):
+        _gemm_kernel(a, weight.data, bias, c.reshape(-1), m + m_pad, n, weight.k + k_pad)
+    if out is None:
+        return c[:m]
+    return _put(c[:m], out) if m_pad else out
+
+
+def _put(values: Array, out: Array) -> Array:
+    out[...] = values
     return out
 
 

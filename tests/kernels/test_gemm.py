@@ -246,6 +246,22 @@ def test_assembly_has_the_dot_product_and_no_spills() -> None:
     assembly = jit.assembly(gemm_module._gemm_kernel)
     inner = [line for line in assembly.splitlines() if "vdpbf16ps" in line]
     assert len(inner) >= 24 and all("zmm" in line for line in inner)
-    for block in re.split(r"^\.?\w+:", assembly, flags=re.M):  # the loops over k
-        if block.count("vdpbf16ps") >= 4:
-            assert not re.search(r"zmm.*\(%r[sb]p|\(%r[sb]p.*zmm", block), "a spilled accumulator"
+    spilled, kept = [], []  # dot products of the loops over k
+    for block in re.split(r"^\.?\w+:", assembly, flags=re.M):
+        if (dots := block.count("vdpbf16ps")) >= 4:
+            spills = re.search(r"zmm.*\(%r[sb]p|\(%r[sb]p.*zmm", block)
+            (spilled if spills else kept).append(dots)
+    assert 4 * gemm_module.MR in kept
+    assert set(spilled) <= {4 * gemm_module.TALL}, "a spilled accumulator"
+
+
+@pytest.mark.parametrize("m", range(1, 26))
+@pytest.mark.parametrize("given", [False, True])
+def test_every_number_of_rows(m: int, given: bool) -> None:
+    rng = np.random.default_rng(m)
+    x, w = (normal(rng, (rows, 18), np.uint16) for rows in (25, 70))
+    packed, out = pack_weight(w), np.full((m, 70), np.nan, np.float32)
+    result = gemm(x[:m], packed, out=out if given else None)
+    assert result.shape == (m, 70) and (result is out or not given)
+    np.testing.assert_array_equal(result, gemm(x, packed)[:m])
+    np.testing.assert_allclose(result, gemm_ref(x[:m], w), rtol=1e-4, atol=1e-4)
