@@ -129,6 +129,12 @@ def _gemm(given: Arguments) -> Cost:
     return f"M={m} N={n} K={k}", moved, 2.0 * m * n * k
 
 
+def _mlp(given: Arguments) -> Cost:
+    m, n, k = given["m"], given["parts"] * given["f"], given["k"]
+    moved = given["a"].nbytes + given["b"].nbytes + given["h"].nbytes
+    return f"M={m} N={n} K={k}", moved, 2.0 * m * n * k
+
+
 def _grouped_gemm(given: Arguments) -> Cost:
     n, k, offsets = given["n"], given["k"], given["offsets"]
     weights = sum(x.nbytes for name, x in given.items() if name in ("b", "codes", "scales"))
@@ -174,6 +180,7 @@ def _attend(given: Arguments) -> Cost:
 
 _COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "gemm._gemm_kernel": _gemm,
+    "mlp._mlp_kernel": _mlp,
     "moe._grouped_gemm_kernel": _grouped_gemm,
     "quant._grouped_gemm_mxfp4_kernel": _grouped_gemm,
     "gemm._gather_rows_kernel": _gather_rows,

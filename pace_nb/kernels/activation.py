@@ -111,7 +111,7 @@ def _load_up_to(x, i, n):
 
 
 @jit.device_fn
-def _act_row(x, x0, kind, out, y0, n):
+def act_row(x, x0, kind, out, y0, n):
     """out[y0 : y0 + n] = act(x[x0 : x0 + n]); one loop, as a second one would compile act again."""
     for i in range(0, n, 16):
         y = _act(_load_up_to(x, x0 + i, n - i), kind)
@@ -122,7 +122,7 @@ def _act_row(x, x0, kind, out, y0, n):
 
 
 @jit.device_fn
-def _gated_row(x, gate0, up0, kind, out, y0, n):
+def gated_row(x, gate0, up0, kind, out, y0, n):
     """out[y0 : y0 + n] = act(x[gate0 : gate0 + n]) * x[up0 : up0 + n]."""
     for i in range(0, n, 16):
         y = _act(_load_up_to(x, gate0 + i, n - i), kind) * _load_up_to(x, up0 + i, n - i)
@@ -152,7 +152,7 @@ def _activation_kernel(x, stride, kind, out, rows, f):
     per_row = (f + COLUMNS - 1) // COLUMNS
     for task in prange(rows * per_row):
         t, c = task // per_row, task % per_row * COLUMNS
-        _act_row(x, t * stride + c, kind, out, t * f + c, min(COLUMNS, f - c))
+        act_row(x, t * stride + c, kind, out, t * f + c, min(COLUMNS, f - c))
 
 
 @jit.kernel
@@ -161,7 +161,7 @@ def _gated_activation_kernel(x, stride, kind, out, rows, f):
     for task in prange(rows * per_row):
         t, c = task // per_row, task % per_row * COLUMNS
         gate0 = t * stride + c
-        _gated_row(x, gate0, gate0 + f, kind, out, t * f + c, min(COLUMNS, f - c))
+        gated_row(x, gate0, gate0 + f, kind, out, t * f + c, min(COLUMNS, f - c))
 
 
 @jit.kernel
@@ -183,7 +183,8 @@ def _checked(kernel: str, shape: tuple[int, ...], out: Array | None, dtype: DTyp
     return out
 
 
-def _check_kind(kernel: str, kind: str) -> None:
+def check_kind(kernel: str, kind: str) -> None:
+    """`kind` must be the name of an activation."""
     if kind not in KINDS:
         raise ValueError(f"{kernel}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
 
@@ -205,7 +206,7 @@ def activation(
     `dtype` if None. Returns out. TypeError or ValueError names the argument that does not fit.
     """
     require("activation", "x", x, ("T", "F"))
-    _check_kind("activation", kind)
+    check_kind("activation", kind)
     out = _checked("activation", x.shape, out, dtype)
     if jit.use_reference():
         out[...] = narrow(activation_ref(x, kind), out.dtype)
@@ -220,7 +221,7 @@ def gated_activation(
 ) -> Array:
     """act(gate) * up; gate_up [T, 2F] f32, gate first; otherwise as `activation`. Returns out."""
     shape = _halves("gated_activation", gate_up)
-    _check_kind("gated_activation", kind)
+    check_kind("gated_activation", kind)
     out = _checked("gated_activation", shape, out, dtype)
     if jit.use_reference():
         out[...] = narrow(gated_activation_ref(gate_up, kind), out.dtype)

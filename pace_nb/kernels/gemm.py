@@ -211,16 +211,18 @@ def _gemm_kernel(a, b, bias, c, m, n, k):
 
 
 @jit.kernel
-def _pack_kernel(words, data, row0, n, steps, high, low, broken):
+def _pack_kernel(words, data, lane, lanes, row0, n, steps, high, low, broken):
     """Rows row0.. of the stacked weight, [n, steps] words (a pair of BF16, or a float32), into
-    their places in `data`. A word whose bits under `high` or `low`, the masks of its exponents, are
-    all set holds a NaN or infinity: broken[panel] becomes 1."""
+    their places in `data`, of which every `lanes`-th panel is theirs. A word whose bits under
+    `high` or `low`, the masks of its exponents, are all set holds a NaN or infinity: broken[panel]
+    becomes 1."""
     first = row0 // NR
     for j in prange(first, (row0 + n + NR - 1) // NR):  # one panel per task
         begin, end = max(j * NR, row0), min(j * NR + NR, row0 + n)
         wrong = False
         for w in range(steps):
-            source, target = (begin - row0) * steps + w, (j * steps + w) * NR + begin - j * NR
+            source = (begin - row0) * steps + w
+            target = ((j * lanes + lane) * steps + w) * NR + begin - j * NR
             for r in range(end - begin):
                 word = words[source + r * steps]
                 data[target + r] = word
@@ -250,18 +252,21 @@ def new_weight(n: int, k: int, dtype: DTypeLike) -> PackedWeight:
     return PackedWeight(zeros(packed_size(n, k, dtype), dtype), n, k)
 
 
-def pack_rows(weight: PackedWeight, row0: int, w: Array) -> bool:
+def pack_rows(weight: PackedWeight, row0: int, w: Array, *, lane: int = 0, lanes: int = 1) -> bool:
     """Put rows w [n, K], of the weight's dtype, into their place: rows row0 .. row0 + n - 1.
 
+    lanes: weights whose panels take turns in this one, of which this is number `lane`.
     Returns True if all of them are finite numbers: looked at here, the one time that all are read.
     TypeError or ValueError names what does not fit.
     """
-    _check_weight("pack_rows", weight)
+    check_weight("pack_rows", weight)
     require("pack_rows", "w", w, ("n", weight.k), (weight.data.dtype,))
-    if not 0 <= row0 <= weight.n - len(w):
+    if not 0 <= lane < lanes or (lanes > 1 and weight.n % (lanes * NR)):
+        raise ValueError(f"pack_rows: lane {lane} of {lanes} in a weight of {weight.n} rows")
+    rows = weight.n // lanes
+    if not 0 <= row0 <= rows - len(w):
         raise ValueError(
-            f"pack_rows: row0 is {row0}, expected 0 to {weight.n - len(w)}: {len(w)} rows of"
-            f" {weight.n}"
+            f"pack_rows: row0 is {row0}, expected 0 to {rows - len(w)}: {len(w)} rows of {rows}"
         )
     writable("pack_rows", "weight.data", weight.data)
     if not len(w):
@@ -281,6 +286,8 @@ def pack_rows(weight: PackedWeight, row0: int, w: Array) -> bool:
         _pack_kernel(
             words,
             weight.data.view(np.uint32),
+            lane,
+            lanes,
             row0,
             len(w),
             len(words) // len(w),
@@ -315,7 +322,8 @@ def pack_weight(w: Array) -> PackedWeight:
     return pack_weights([w])
 
 
-def _check_weight(kernel: str, weight: PackedWeight) -> None:
+def check_weight(kernel: str, weight: PackedWeight) -> None:
+    """`weight` must be what its n and k say."""
     size = packed_size(weight.n, weight.k, weight.data.dtype)
     require(kernel, "weight.data", weight.data, (size,), STORAGE)
     contiguous(kernel, "weight.data", weight.data)
@@ -329,7 +337,7 @@ def gemm(
     x has the weight's dtype (uint16 as BF16, or float32); bias [N] f32 or None; out [M, N] f32,
     allocated if None. Returns out. TypeError or ValueError names the argument that does not fit.
     """
-    _check_weight("gemm", weight)
+    check_weight("gemm", weight)
     require("gemm", "x", x, ("M", weight.k), (weight.data.dtype,))
     if bias is not None:
         require("gemm", "bias", bias, (weight.n,))
@@ -341,22 +349,28 @@ def gemm(
     if jit.use_reference():
         exact = narrow(gemm_ref(x, unpack_weight(weight), bias), np.float32)
         return exact if out is None else _put(exact, out)
-    m, n = len(x), weight.n
-    m_pad = int(m in UNEVEN)  # a row of zeros
-    k_pad, n_pad = -weight.k % _step(x), -n % NR  # an odd K: the last pair needs its zero
-    if m_pad or k_pad:
-        x = np.pad(x, ((0, m_pad), (0, k_pad)))
+    m, n, n_pad = len(x), weight.n, -weight.n % NR
     if bias is None:
         bias = _NO_BIAS
     elif n_pad:
         bias = np.pad(bias, (0, n_pad))
+    a, m_pad, k = padded(x)
     c = np.empty((m + m_pad, n), np.float32) if out is None or m_pad else out
-    a, bias = np.ascontiguousarray(x).reshape(-1), np.ascontiguousarray(bias)
+    bias = np.ascontiguousarray(bias)
     with jit.threads_for(weight.data.nbytes * -(-m // MR)):
-        _gemm_kernel(a, weight.data, bias, c.reshape(-1), m + m_pad, n, weight.k + k_pad)
+        _gemm_kernel(a, weight.data, bias, c.reshape(-1), m + m_pad, n, k)
     if out is None:
         return c[:m]
     return _put(c[:m], out) if m_pad else out
+
+
+def padded(x: Array) -> tuple[Array, int, int]:
+    """(x [M, K] flat, rows of zeros added, K), with a row more where M is uneven and a column where
+    K is an odd number of BF16: the last pair needs its zero."""
+    m_pad, k_pad = int(len(x) in UNEVEN), -x.shape[1] % _step(x)
+    if m_pad or k_pad:
+        x = np.pad(x, ((0, m_pad), (0, k_pad)))
+    return np.ascontiguousarray(x).reshape(-1), m_pad, x.shape[1]
 
 
 def _put(values: Array, out: Array) -> Array:
@@ -369,7 +383,7 @@ def gather_rows(weight: PackedWeight, ids: Array) -> Array:
 
     ids [T] int32, each 0 <= id < N. Returns float32 [T, K].
     """
-    _check_weight("gather_rows", weight)
+    check_weight("gather_rows", weight)
     require("gather_rows", "ids", ids, ("T",), (np.int32, np.int64))
     in_range("gather_rows", "ids", ids, weight.n)
     if jit.use_reference():

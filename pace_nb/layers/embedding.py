@@ -8,6 +8,7 @@ comparison per step).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from pace_nb.errors import InvalidRequestError
 from pace_nb.kernels import gemm
-from pace_nb.layers.linear import packed
+from pace_nb.layers.linear import pack
 from pace_nb.layers.module import Module, Shape
 from pace_nb.layers.weights import Float32Array, Weights
 
@@ -32,7 +33,9 @@ class Embedding(Module):
         yield f"{name}.weight", (self.num_embeddings, self.size)
 
     def load(self, weights: Weights, name: str = "") -> None:
-        self._weight = packed(weights, [(f"{name}.weight", self.num_embeddings)], self.size)
+        self._weight = gemm.new_weight(self.num_embeddings, self.size, weights.storage_dtype)
+        tensors = [(f"{name}.weight", self.num_embeddings)]
+        pack(weights, tensors, self.size, partial(gemm.pack_rows, self._weight))
 
     def __call__(self, token_ids: NDArray[np.int32]) -> Float32Array:
         """int32[T] -> f32[T, E]. InvalidRequestError for an id outside 0 .. V-1."""

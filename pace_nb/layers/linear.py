@@ -12,7 +12,8 @@ outputs in that order, and computes all of them in one pass over x.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,13 +45,21 @@ class Linear(Module):
                 yield f"{part}.bias", (rows,)
 
     def load(self, weights: Weights, name: str = "") -> None:
+        self._weight = gemm.new_weight(self.out_features, self.in_features, weights.storage_dtype)
+        self._pack(weights, name, partial(gemm.pack_rows, self._weight))
+        self._bias = self._load_bias(weights, name)
+
+    def _pack(self, weights: Weights, name: str, pack_rows: PackRows) -> None:
+        """Give `pack_rows` the tensors, stacked."""
+        tensors = [(f"{part}.weight", rows) for part, rows in self._part_names(name)]
+        pack(weights, tensors, self.in_features, pack_rows)
+
+    def _load_bias(self, weights: Weights, name: str) -> Float32Array | None:
+        """f32[N], stacked as the tensors are."""
+        if not self._bias_wanted:
+            return None
         parts = self._part_names(name)
-        tensors = [(f"{part}.weight", rows) for part, rows in parts]
-        self._weight = packed(weights, tensors, self.in_features)
-        if self._bias_wanted:
-            self._bias = np.concatenate(
-                [weights.vector(f"{part}.bias", (rows,)) for part, rows in parts]
-            )
+        return np.concatenate([weights.vector(f"{part}.bias", (rows,)) for part, rows in parts])
 
     def __call__(self, x: NDArray[Any], out: Float32Array | None = None) -> Float32Array:
         """x[T, K] storage dtype -> f32[T, N], `out` where it is given. ValueError naming the shapes
@@ -69,20 +78,21 @@ class FusedLinear(Linear):
         return [(sibling(name, part), rows) for part, rows in self._parts.items()]
 
 
-def packed(
-    weights: Weights, tensors: Sequence[tuple[str, int]], in_features: int
-) -> gemm.PackedWeight:
+# (first row, rows[n, K]) -> are they all finite; puts them into a weight.
+PackRows = Callable[[int, NDArray[Any]], bool]
+
+
+def pack(
+    weights: Weights, tensors: Sequence[tuple[str, int]], in_features: int, pack_rows: PackRows
+) -> None:
     """Tensors, each of a name and so many rows, stacked and packed while they are read.
 
     ModelFormatError naming the tensor that holds a NaN or infinity.
     """
-    num_rows = sum(rows for _, rows in tensors)
-    weight = gemm.new_weight(num_rows, in_features, weights.storage_dtype)
     row0 = 0
     for name, rows in tensors:
         shape = rows, in_features
         for block in weights.rows(name, shape):
-            if not gemm.pack_rows(weight, row0, block):
+            if not pack_rows(row0, block):
                 raise weights.not_finite(name, shape)
             row0 += len(block)
-    return weight

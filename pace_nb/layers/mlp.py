@@ -1,20 +1,22 @@
-"""`GatedMLP` and `ACTIVATIONS`: the feed-forward half of a decoder layer.
+"""`GatedMLP`, `MLP` and `ACTIVATIONS`: the feed-forward half of a decoder layer.
 
 Knows the names `gate_proj`, `up_proj`, `down_proj` (Llama, Qwen, Mistral, Gemma) and which
-activation an HF name means. Does not know the activations' arithmetic (`kernels/activation.py`).
+activation an HF name means. Does not know the arithmetic (`kernels/mlp.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pace_nb.errors import UnsupportedModelError
-from pace_nb.kernels import activation
-from pace_nb.layers.linear import FusedLinear, Linear
-from pace_nb.layers.module import Module
+from pace_nb.kernels import mlp
+from pace_nb.layers.linear import Linear
+from pace_nb.layers.module import Module, sibling
 from pace_nb.layers.weights import Float32Array, Weights
 
 # HF name -> kernel. The erf and the tanh form of GELU differ by up to 5e-4: `gelu` is erf,
@@ -31,9 +33,7 @@ ACTIVATIONS = {
 }
 
 
-# Tokens whose intermediate values exist at a time. They stay in L3 (16 MB of float32 for 16,384
-# columns), and glibc gives them memory it has: from 32 MB on every array is new pages, which cost
-# the product that writes them a tenth of its time. Rows do not depend on each other.
+# Tokens whose hidden values exist at a time: they stay in L2 and L3 between the two products.
 TILE = 256
 
 
@@ -46,33 +46,90 @@ def activation_kind(name: str) -> str:
     return ACTIVATIONS[name]
 
 
-class GatedMLP(Module):
-    """down(act(gate(x)) * up(x)), gate and up one packed weight. `hidden_act` is the HF name."""
+class ActivatedLinear(Linear):
+    """act(gate(x)) * up(x), or, not gated, act(fc1(x)): [T, F] in storage dtype.
+
+    out_features: 2 F where gated, else F. parts: names of the tensors, siblings of this one, that
+    hold equal shares of the rows; none if this one holds all.
+    """
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, hidden_act: str, *, bias: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        kind: str,
+        *,
+        gated: bool,
+        bias: bool = False,
+        parts: Sequence[str] = (),
     ) -> None:
-        self._kind = activation_kind(hidden_act)
-        self._dtype: np.dtype[Any]
-        self.gate_up_proj = FusedLinear(
-            hidden_size, {"gate_proj": intermediate_size, "up_proj": intermediate_size}, bias=bias
+        super().__init__(in_features, out_features, bias=bias)
+        self._kind = kind
+        self._gated = gated
+        self._parts = tuple(parts)
+        self._packed: mlp.MLPWeight
+
+    def _part_names(self, name: str) -> list[tuple[str, int]]:
+        if not self._parts:
+            return super()._part_names(name)
+        rows = self.out_features // len(self._parts)
+        return [(sibling(name, part), rows) for part in self._parts]
+
+    def load(self, weights: Weights, name: str = "") -> None:
+        lanes = mlp.GATE_AND_UP if self._gated else 1
+        bias = self._load_bias(weights, name)
+        self._packed = mlp.new_mlp_weight(
+            self.out_features // lanes,
+            self.in_features,
+            weights.storage_dtype,
+            gated=self._gated,
+            biases=None if bias is None else bias.reshape(lanes, -1),
+        )
+        self._pack(weights, name, partial(mlp.pack_mlp_rows, self._packed))
+
+    def __call__(self, x: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """x storage[T, K] -> storage[T, F], `out` where it is given."""
+        return mlp.mlp(x, self._packed, self._kind, out)
+
+
+def feed_forward(x: NDArray[Any], first: ActivatedLinear, second: Linear) -> Float32Array:
+    """second(first(x)), a tile of tokens at a time. Rows do not depend on each other."""
+    out = np.empty((len(x), second.out_features), np.float32)
+    hidden = np.empty((min(len(x), TILE), second.in_features), x.dtype)
+    for start in range(0, len(x), TILE):
+        rows = x[start : start + TILE]
+        second(first(rows, hidden[: len(rows)]), out[start : start + TILE])
+    return out
+
+
+class GatedMLP(Module):
+    """down(act(gate(x)) * up(x)), gate and up one packed weight. `hidden_act` is the HF name.
+
+    parts: () where the checkpoint has both as one tensor, `gate_up_proj`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        hidden_act: str,
+        *,
+        bias: bool = False,
+        parts: Sequence[str] = ("gate_proj", "up_proj"),
+    ) -> None:
+        self.gate_up_proj = ActivatedLinear(
+            hidden_size,
+            2 * intermediate_size,
+            activation_kind(hidden_act),
+            gated=True,
+            bias=bias,
+            parts=parts,
         )
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
 
-    def load(self, weights: Weights, name: str = "") -> None:
-        super().load(weights, name)
-        self._dtype = weights.storage_dtype
-
     def __call__(self, x: NDArray[Any]) -> Float32Array:
         """x[T, E] storage dtype -> f32[T, E]."""
-        out = np.empty((len(x), self.down_proj.out_features), np.float32)
-        for start in range(0, len(x), TILE):
-            rows = slice(start, start + TILE)
-            gate_up = self.gate_up_proj(x[rows])
-            hidden = np.empty((len(gate_up), self.down_proj.in_features), self._dtype)
-            activation.gated_activation(gate_up, self._kind, out=hidden)
-            self.down_proj(hidden, out=out[rows])
-        return out
+        return feed_forward(x, self.gate_up_proj, self.down_proj)
 
 
 class MLP(Module):
@@ -81,22 +138,10 @@ class MLP(Module):
     def __init__(
         self, hidden_size: int, intermediate_size: int, hidden_act: str, *, bias: bool = True
     ) -> None:
-        self._kind = activation_kind(hidden_act)
-        self._dtype: np.dtype[Any]
-        self.fc1 = Linear(hidden_size, intermediate_size, bias=bias)
+        kind = activation_kind(hidden_act)
+        self.fc1 = ActivatedLinear(hidden_size, intermediate_size, kind, gated=False, bias=bias)
         self.fc2 = Linear(intermediate_size, hidden_size, bias=bias)
-
-    def load(self, weights: Weights, name: str = "") -> None:
-        super().load(weights, name)
-        self._dtype = weights.storage_dtype
 
     def __call__(self, x: NDArray[Any]) -> Float32Array:
         """x[T, E] storage dtype -> f32[T, E]."""
-        out = np.empty((len(x), self.fc2.out_features), np.float32)
-        for start in range(0, len(x), TILE):
-            rows = slice(start, start + TILE)
-            inner = self.fc1(x[rows])
-            hidden = np.empty((len(inner), self.fc2.in_features), self._dtype)
-            activation.activation(inner, self._kind, out=hidden)
-            self.fc2(hidden, out=out[rows])
-        return out
+        return feed_forward(x, self.fc1, self.fc2)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from pace_nb.layers.attention import Attention, Step
 from pace_nb.layers.decoder import CausalLM, DecoderLayer
-from pace_nb.layers.linear import FusedLinear, Linear
+from pace_nb.layers.linear import Linear
 from pace_nb.layers.mlp import GatedMLP
 from pace_nb.layers.module import Module
 from pace_nb.layers.rope import RopeParameters, Rotation
@@ -113,10 +113,7 @@ class Phi3MLP(GatedMLP):
     """down_proj(act(gate) * up), where gate and up are one tensor, gate first."""
 
     def __init__(self, config: Phi3Config) -> None:
-        super().__init__(config.hidden_size, config.intermediate_size, config.hidden_act)
-        self.gate_up_proj = FusedLinear(
-            config.hidden_size, {"gate_up_proj": 2 * config.intermediate_size}
-        )
+        super().__init__(config.hidden_size, config.intermediate_size, config.hidden_act, parts=())
 
 
 # ---- DecoderLayer --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from pace_nb import LLM, SamplingParams
 from pace_nb.benchmarks.profile import BETWEEN, Profile
 from pace_nb.cli.main import main
-from pace_nb.kernels import gemm, jit
+from pace_nb.kernels import gemm, jit, mlp
 from pace_nb.kernels.attention_decode import attention_decode
 from pace_nb.kernels.attention_prefill import attention_prefill
 from pace_nb.kernels.kv_write import new_pool
@@ -24,13 +24,21 @@ def test_products_are_counted_by_shape():
     w = gemm.pack_weight(np.zeros((70, 32), np.uint16))
     before = gemm._gemm_kernel
     with Profile() as profile:
-        for m in (1, 5, 5):
+        for m in (1, 6, 6):
             gemm.gemm(np.zeros((m, 32), np.uint16), w)
         assert gemm._gemm_kernel is not before
     assert gemm._gemm_kernel is before
     rows = rows_of(profile)
     assert rows["gemm M=1 N=70 K=32"] == (1, 2 * 32 + 2 * 128 * 32 + 4 * 70, 2.0 * 70 * 32)
-    assert rows["gemm M=5 N=70 K=32"][0::2] == (2, 2 * 2.0 * 5 * 70 * 32)
+    assert rows["gemm M=6 N=70 K=32"][0::2] == (2, 2 * 2.0 * 6 * 70 * 32)
+
+
+def test_the_first_half_of_an_mlp_is_counted():
+    weight = mlp.new_mlp_weight(70, 32, np.uint16, gated=True)
+    with Profile() as profile:
+        mlp.mlp(np.zeros((4, 32), np.uint16), weight, "silu")
+    moved = 2 * 4 * 32 + 2 * 256 * 32 + 2 * 4 * 70
+    assert rows_of(profile)["mlp M=4 N=140 K=32"] == (1, moved, 2.0 * 4 * 140 * 32)
 
 
 @pytest.mark.parametrize(
