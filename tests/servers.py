@@ -26,10 +26,12 @@ TIGHT = """
 SLOW = """
     --kernels reference --max-num-seqs 4 --max-num-batched-tokens 16 --sse-ping-interval 0.05
 """
+DRAFTING = '--speculative-config {"method":"pard","num_speculative_tokens":6,"adaptive":false}'
 SHARED = {  # name -> arguments, environment, the key that requests bring
     "server": ("", {}, None),
     "tight": (TIGHT, {"PACE_NB_API_KEY": "third-secret"}, "secret"),
     "slow": (SLOW, {}, None),
+    "drafting": (f"{DRAFTING} --metrics-prefix vllm", {}, None),
 }
 
 
@@ -62,6 +64,7 @@ class Server:
                 env={**os.environ, **(environment or {})},
             )
         self.host, self.port, self.uds, self.key = "127.0.0.1", 0, None, None
+        self.prefix = "vllm" if "vllm" in arguments else "pace_nb"
 
     # ---- life ----
 
@@ -189,7 +192,7 @@ class Server:
         return found
 
     def metric(self, name):
-        return self.metrics()[f"pace_nb:{name}"]
+        return self.metrics()[f"{self.prefix}:{name}"]
 
     def idle(self, timeout=50):
         """Wait until nothing runs, waits or owns a block."""
@@ -198,9 +201,9 @@ class Server:
     def loads(self):
         found = self.metrics()
         return (
-            found["pace_nb:num_requests_running"],
-            found["pace_nb:num_requests_waiting"],
-            found["pace_nb:kv_cache_usage_perc"],
+            found[f"{self.prefix}:num_requests_running"],
+            found[f"{self.prefix}:num_requests_waiting"],
+            found[f"{self.prefix}:kv_cache_usage_perc"],
             self.get("/load").json()["server_load"],
         )
 
@@ -257,6 +260,12 @@ def tight(lend):
 def slow(lend):
     """A server whose answers take seconds: reference kernels, prompts in pieces of 16 tokens."""
     yield from lend("slow")
+
+
+@pytest.fixture
+def drafting(lend):
+    """A server that speculates with the demo's draft model, and has vLLM's prefix of metrics."""
+    yield from lend("drafting")
 
 
 @pytest.fixture

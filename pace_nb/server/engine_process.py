@@ -168,11 +168,20 @@ class EngineLoop:
     def _state(self) -> Message:
         from pace_nb.kernels import jit
 
-        return {
+        state: Message = {
             "type": "step",
             "load": self._llm.get_load()._asdict(),
             "num_compiled": jit.num_compiled(),
         }
+        stats = self._llm.get_speculative_stats()
+        if stats is not None:
+            state["drafts"] = [
+                stats.num_drafts,
+                stats.num_draft_tokens,
+                stats.num_accepted_tokens,
+                *stats.num_accepted_tokens_per_pos,
+            ]
+        return state
 
     def _new_progress(self) -> dict[str, list[int]]:
         """[computed, all] tokens of prompts that run, where that has changed."""
@@ -229,6 +238,7 @@ def _open(start: Message, connection: Connection) -> LLM:
     connection.send({"type": "loading", "stage": "kernels"})
     llm.warm_up()
     ready = time.perf_counter()
+    stats = llm.get_speculative_stats()
     connection.send(
         {
             "type": "ready",
@@ -239,6 +249,7 @@ def _open(start: Message, connection: Connection) -> LLM:
             "default_params": llm.get_suggested_sampling(),
             "num_threads": jit.num_threads(),
             "num_compiled": jit.num_compiled(),
+            "num_spec_tokens": 0 if stats is None else stats.num_spec_tokens,
             "loading_seconds": loaded - begin,
             "kernel_seconds": ready - loaded,
             "cache_config": {

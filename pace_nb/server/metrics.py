@@ -64,6 +64,7 @@ class Metrics:
         self._engines = [str(index) for index in range(num_engines)]
         self._last_token: dict[tuple[Ticket, int], float] = {}
         self._compiled = dict.fromkeys(range(num_engines), 0)
+        self._drafts: dict[int, list[int]] = {}  # of each engine that speculates: what it said last
         self._shares_beginnings: set[int] = set()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
@@ -103,6 +104,9 @@ class Metrics:
         self._stalls = made(Counter, "scheduler_stalls", "Steps beyond the watchdog's time.")
         self._restarts = made(Counter, "engine_deaths", "Ends of the engine's process.")
         self._jit = made(Counter, "jit_kernels_compiled", "Kernels compiled, cached ones not.")
+        self._made = made  # for those that are there only where engines speculate
+        self._spec_counters: list[Any] = []
+        self._spec_per_position: Any = None
         self._success = made(
             Counter, "request_success", "Sequences that ended.", ["finished_reason"]
         )
@@ -193,6 +197,8 @@ class Metrics:
         self._cache_config.labels(self._engines[engine]).info(
             {name: str(value) for name, value in facts["cache_config"].items()}
         )
+        if facts["num_spec_tokens"]:
+            self._speculates(engine, facts["num_spec_tokens"])
 
     def step(self, engine: int, message: Mapping[str, Any]) -> None:
         """A step's frame."""
@@ -202,6 +208,8 @@ class Metrics:
         self._waiting.labels(*labels).set(load["num_waiting"])
         self._kv_usage.labels(*labels).set(load["kv_cache_usage"])
         self._count_compiled(engine, message["num_compiled"])
+        if "drafts" in message:
+            self._count_drafts(engine, message["drafts"])
         if "seconds" in message:
             self._step_seconds.labels(*labels).observe(message["seconds"])
             self._iteration.labels(*labels).observe(load["num_step_tokens"])
@@ -277,6 +285,38 @@ class Metrics:
     def http(self, method: str, handler: str, status: int) -> None:
         """A request was answered. handler: a route's path; anything else would be a label each."""
         self._http.labels(method, handler, str(status)).inc()
+
+    def _speculates(self, engine: int, num_spec_tokens: int) -> None:
+        """A new engine does; the counters are vLLM's, and like its are there only then."""
+        if not self._spec_counters:
+            self._spec_counters = [
+                self._made(Counter, f"spec_decode_num_{name}", text)
+                for name, text in (
+                    ("drafts", "Times that a sequence's step held guesses."),
+                    ("draft_tokens", "Guesses."),
+                    ("accepted_tokens", "Guesses that were right and kept."),
+                )
+            ]
+            self._spec_per_position = self._made(
+                Counter,
+                "spec_decode_num_accepted_tokens_per_pos",
+                "Of the first, second, ... guess, those that were kept.",
+                ["position"],
+            )
+        labels = (self._model, self._engines[engine])
+        for position in range(num_spec_tokens):
+            self._spec_per_position.labels(*labels, str(position))
+        self._drafts[engine] = [0] * (len(self._spec_counters) + num_spec_tokens)
+
+    def _count_drafts(self, engine: int, totals: list[int]) -> None:
+        """totals: since the engine began; see `EngineLoop._state`."""
+        labels = (self._model, self._engines[engine])
+        counters = [counter.labels(*labels) for counter in self._spec_counters]
+        for position in range(len(totals) - len(counters)):
+            counters.append(self._spec_per_position.labels(*labels, str(position)))
+        for counter, new, old in zip(counters, totals, self._drafts[engine], strict=True):
+            counter.inc(new - old)
+        self._drafts[engine] = totals
 
     def _count_compiled(self, engine: int, num_compiled: int) -> None:
         new = num_compiled - self._compiled[engine]

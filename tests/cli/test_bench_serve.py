@@ -121,6 +121,18 @@ def test_a_key_is_sent_and_never_shown(tight, capsys, monkeypatch, tmp_path):
     assert "Successful requests:                     1 " in shown.out
 
 
+def test_what_a_server_guessed_is_in_the_report(drafting, capsys, tmp_path):
+    arguments = ["--port", str(drafting.port), "--num-prompts", "2", "--temperature", "0"]
+    saved = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "r"]
+    assert main(["bench", "serve", *FAST[:-1], "40", *arguments, *saved]) == 0
+    out, result = capsys.readouterr().out, json.loads((tmp_path / "r").read_text())
+    assert result["spec_decode_num_drafts"] > 0
+    rate = 100 * result["spec_decode_accepted_tokens"] / result["spec_decode_draft_tokens"]
+    assert result["spec_decode_acceptance_rate"] == rate
+    assert len(result["spec_decode_per_position_acceptance_rates"]) == 6
+    assert f"Acceptance rate (%):                     {rate:<10.2f}" in out
+
+
 def test_failures_are_counted_and_told(bench):
     code, out = bench(*FAST, "--num-prompts", "2", "--extra-body", '{"temperature": -1}')
     assert code == 1 and "Failed requests:                         2 " in out

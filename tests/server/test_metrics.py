@@ -28,10 +28,15 @@ request_params_max_tokens_bucket corrupted_requests_total
 @pytest.fixture
 def metrics():
     made = Metrics("pace_nb", "demo", 2, lambda index: None)
-    made.engine_facts(
-        0, {"num_threads": 3, "num_compiled": 4, "cache_config": {"enable_prefix_caching": True}}
-    )
+    made.engine_facts(0, facts())
     return made
+
+
+def facts(num_spec_tokens=0):
+    return {
+        "num_threads": 3, "num_compiled": 4, "cache_config": {"enable_prefix_caching": True},
+        "num_spec_tokens": num_spec_tokens,
+    }  # fmt: skip
 
 
 def value(metrics, name, engine="0", **labels):
@@ -134,6 +139,52 @@ def test_states_and_steps(metrics):
     assert value(metrics, "pace_nb:jit_kernels_compiled_total") == 8
 
 
+def test_guesses_are_counted_where_an_engine_speculates(metrics):
+    assert b"spec_decode" not in metrics.text()  # as in vLLM
+    metrics.engine_facts(1, facts(num_spec_tokens=3))
+    load = {"num_running": 1, "num_waiting": 0, "kv_cache_usage": 0.5, "num_step_tokens": 4}
+
+    def step(*drafts):
+        metrics.step(1, {"load": load, "num_compiled": 4, "drafts": list(drafts)})
+
+    def counted():
+        names = ("drafts", "draft_tokens", "accepted_tokens")
+        prefix = "pace_nb:spec_decode_num"
+        return [value(metrics, f"{prefix}_{name}_total", engine="1") for name in names] + [
+            value(metrics, f"{prefix}_accepted_tokens_per_pos_total", engine="1", position=str(i))
+            for i in range(3)
+        ]
+
+    assert counted() == [0] * 6
+    step(1, 3, 2, 1, 1, 0)
+    step(4, 12, 6, 4, 1, 1)
+    assert counted() == [4, 12, 6, 4, 1, 1]
+    metrics.engine_facts(1, facts(num_spec_tokens=3))  # a new process counts from 0
+    step(1, 3, 3, 1, 1, 1)
+    assert counted() == [5, 15, 9, 5, 2, 2]
+    assert value(metrics, "pace_nb:spec_decode_num_drafts_total", engine="0") == 0
+
+
+def test_a_server_that_speculates_says_how_well(drafting):
+    """In vLLM's names, for what bench serve and the page make of them."""
+    before = drafting.metrics()
+    answer = drafting.complete(max_tokens=40).json()
+    after = drafting.metrics()
+    new = {name: after[name] - before[name] for name in after if "spec_decode" in name}
+    drafts = new["vllm:spec_decode_num_drafts_total"]
+    accepted = new["vllm:spec_decode_num_accepted_tokens_total"]
+    guesses = new["vllm:spec_decode_num_draft_tokens_total"]
+    assert 6 * (drafts - 1) < guesses <= 6 * drafts  # none beyond max_tokens
+    positions = [
+        new[f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{position="{i}"}}']
+        for i in range(6)
+    ]
+    assert sum(positions) == accepted > 0
+    assert positions == sorted(positions, reverse=True) and positions[0] <= drafts
+    # each step with guesses gave one token more than were kept; the first came from the prompt
+    assert drafts + accepted >= answer["usage"]["completion_tokens"] - 1 == 39
+
+
 def test_real_requests_are_counted(server):
     before = server.metrics()
     server.complete(["Once", "The"], max_tokens=3, n=2, temperature=1.0, ignore_eos=True)
@@ -169,12 +220,12 @@ def queries(dashboard):
             yield from queries(item)
 
 
-def test_every_query_of_the_dashboard_names_a_metric_that_is_exported(server, repository):
-    server.complete(max_tokens=2)
+def test_every_query_of_the_dashboard_names_a_metric_that_is_exported(drafting, repository):
+    drafting.complete(max_tokens=2)
     exported = set()
-    for line in server.get("/metrics").body.decode().splitlines():
+    for line in drafting.get("/metrics").body.decode().splitlines():
         if not line.startswith("#"):
-            exported.add(re.split(r"[{ ]", line)[0])
+            exported.add(re.split(r"[{ ]", line)[0].replace("vllm:", "pace_nb:"))
     dashboard = json.loads((repository / "docs/monitoring/grafana/pace_nb.json").read_text())
     asked = set()
     for query in queries(dashboard["panels"] + dashboard["templating"]["list"]):

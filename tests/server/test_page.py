@@ -366,6 +366,17 @@ def test_what_the_panel_makes_of_metrics(page, server):
     assert self_async(page, show, drafts)["acceptance"] == "75 %"
 
 
+@in_browser
+def test_how_many_guesses_hold_is_seen(page, drafting, server):
+    page.open(drafting).wait(lambda: page.text("#running") == "0")
+    assert page.shown("#acceptance-row")
+    page.set(temperature=0, max_tokens=60)
+    page.send(STORY)
+    page.wait(lambda: re.fullmatch(r"[\d.]+ %", page.text("#acceptance")))
+    page.open(server).wait(lambda: page.text("#running") == "0")
+    assert not page.shown("#acceptance-row")
+
+
 def self_async(page, script, *arguments):
     return page.driver.execute_async_script(script, *arguments)
 

@@ -72,7 +72,7 @@ def test_texts_and_values_become_options():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"modle": "x"}, "modle: no such option"),
+        ({"no_such": "x"}, "no_such: no such option"),
         ({"threads": "0"}, "threads is 0"),
         ({"threads": "many"}, "threads is 'many'"),
         ({"max_num_seqs": "-1"}, "max_num_seqs"),
@@ -189,7 +189,7 @@ class RayServer(Server):
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             self.port = one.getsockname()[1]
-        self.host, self.uds, self.key = "127.0.0.1", None, None
+        self.host, self.uds, self.key, self.prefix = "127.0.0.1", None, None, "pace_nb"
         config = {
             "http_options": {"host": self.host, "port": self.port},
             "applications": [{"name": "pace", "route_prefix": "/", "args": arguments,
