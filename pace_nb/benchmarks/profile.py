@@ -158,6 +158,11 @@ def _kv_write(given: Arguments) -> Cost:
     return "", elements * each, 0.0
 
 
+def _rope_kv_write(given: Arguments) -> Cost:
+    rows = given["tokens"] * (given["heads"] + 2 * given["kv_heads"])
+    return "", float(rows * given["d"] * (4 + given["queries"].itemsize)), 0.0
+
+
 def _attend(given: Arguments) -> Cost:
     """Keys and values once per sequence; FLOPs of the keys that each row sees."""
     cu, contexts, sizes = given["cu_seqlens_q"], given["contexts"], given["sizes"]
@@ -186,6 +191,7 @@ _COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "gemm._gather_rows_kernel": _gather_rows,
     "rope._rope_kernel": _rope,
     "kv_write._kv_write_kernel": _kv_write,
+    "rope_kv_write._rope_kv_write_kernel": _rope_kv_write,
     "attention_decode._attend_kernel": _attend,
     "attention_prefill._attend_kernel": _attend,
 }

@@ -156,7 +156,7 @@ def kv_gather_ref(
 
 # ---- one unit of one head ------------------------------------------------------------------------
 @jit.device_fn
-def _write_keys(k, k0, row, pool_k, p0, slot, end, d, s):
+def write_keys(k, k0, row, pool_k, p0, slot, end, d, s):
     """Rows of k [end - slot, D], `row` elements apart, into slots slot .. end - 1 of one unit."""
     for t in range(slot, end):
         for w in range(d // s):
@@ -164,7 +164,7 @@ def _write_keys(k, k0, row, pool_k, p0, slot, end, d, s):
 
 
 @jit.device_fn
-def _write_values(v, v0, row, pool_v, p0, slot, end, d, dp, s):
+def write_values(v, v0, row, pool_v, p0, slot, end, d, dp, s):
     """The same for values: a line of Dp words holds the S slots of a pair."""
     for line in range(slot // s, (end + s - 1) // s):
         t0, t1 = line * s, line * s + s - 1
@@ -196,8 +196,8 @@ def _kv_write_kernel(
         i, h = task // heads, task % heads
         unit, slot, end, t = rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]
         p = (h * in_pool + unit) * 16
-        _write_keys(k, t * k_row + h * k_head, k_row, pool_k, p * d, slot, end, d, s)
-        _write_values(v, t * v_row + h * v_head, v_row, pool_v, p * dp, slot, end, d, dp, s)
+        write_keys(k, t * k_row + h * k_head, k_row, pool_k, p * d, slot, end, d, s)
+        write_values(v, t * v_row + h * v_head, v_row, pool_v, p * dp, slot, end, d, dp, s)
 
 
 # ---- public wrappers -----------------------------------------------------------------------------
@@ -269,12 +269,7 @@ def write(k: Array, v: Array, pool: KVPool, planned: WritePlan) -> None:
     k, v [T, KVH, D] f32 or the pool's dtype, any strides with a contiguous last axis. ValueError or
     TypeError names the argument that does not fit, before anything is written.
     """
-    heads, d, s = _checked(k, v, pool)
-    if (len(k), pool.num_units) != (planned.num_tokens, planned.num_units):
-        raise ValueError(
-            f"kv_write: {len(k)} tokens and a pool of {pool.num_units} units, planned "
-            f"{planned.num_tokens} and {planned.num_units}"
-        )
+    heads, d, s = check_rows("kv_write", k, v, pool, planned)
     if jit.use_reference():
         write_ref(k, v, pool, planned)
         return
@@ -294,9 +289,10 @@ def write(k: Array, v: Array, pool: KVPool, planned: WritePlan) -> None:
         )
 
 
-def _checked(k: Array, v: Array, pool: KVPool) -> tuple[int, int, int]:
-    """(KVH, D, S) of arrays that fit each other."""
-    name = "kv_write"
+def check_rows(
+    name: str, k: Array, v: Array, pool: KVPool, planned: WritePlan | None = None
+) -> tuple[int, int, int]:
+    """(KVH, D, S) of arrays that fit each other, and the step that was planned."""
     require(name, "pool.k", pool.k, ("KVH", "U", "D / S", UNIT, "S"), STORAGE)
     heads, in_pool, words, _, s = pool.k.shape
     if s != _pair(pool.k.dtype):
@@ -308,6 +304,11 @@ def _checked(k: Array, v: Array, pool: KVPool) -> tuple[int, int, int]:
     given = (np.float32,) if pool.k.dtype == np.float32 else STORAGE
     require(name, "k", k, ("T", heads, d), given)
     require(name, "v", v, k.shape, given)
+    if planned and (len(k), in_pool) != (planned.num_tokens, planned.num_units):
+        raise ValueError(
+            f"{name}: {len(k)} tokens and a pool of {in_pool} units, planned "
+            f"{planned.num_tokens} and {planned.num_units}"
+        )
     return heads, d, s
 
 
@@ -321,6 +322,6 @@ def kv_write(
     context_lens: Array,
 ) -> None:
     """`plan` and `write` in one: the keys and values of one step into one pool."""
-    _checked(k, v, pool)
+    check_rows("kv_write", k, v, pool)
     planned = plan(pool.num_units, len(k), block_table, units_per_block, cu_seqlens_q, context_lens)
     write(k, v, pool, planned)

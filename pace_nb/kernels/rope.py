@@ -25,6 +25,8 @@ Notebook: 09 RoPE. Ledger: rope.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import prange
 from numpy.typing import DTypeLike
@@ -97,22 +99,61 @@ def _copy(x, x0, out, y0, n):
     store_tail(out, y0 + whole, load_tail(x, x0 + whole, n - whole), n - whole)
 
 
+@jit.device_fn
+def rotate_head(x, x0, cos, sin, c0, half, interleaved, out, y0, d):
+    """out[y0 : y0 + d] = the head x[x0 : x0 + d] rotated by cos, sin[c0 : c0 + half]."""
+    if interleaved:
+        _rotate_neighbours(x, x0, cos, sin, c0, out, y0, half)
+    else:
+        _rotate_halves(x, x0, cos, sin, c0, out, y0, half)
+    if d > 2 * half:
+        _copy(x, x0 + 2 * half, out, y0 + 2 * half, d - 2 * half)
+
+
 # ---- kernel: one token per task, tokens independent ----------------------------------------------
 @jit.kernel
 def _rope_kernel(x, row, head, positions, cos, sin, half, interleaved, out, tokens, heads, d):
     for t in prange(tokens):
-        c0 = np.int64(positions[t]) * half
+        c0 = positions[t] * half
         for h in range(heads):
             x0, y0 = t * row + h * head, (t * heads + h) * d
-            if interleaved:
-                _rotate_neighbours(x, x0, cos, sin, c0, out, y0, half)
-            else:
-                _rotate_halves(x, x0, cos, sin, c0, out, y0, half)
-            if d > 2 * half:
-                _copy(x, x0 + 2 * half, out, y0 + 2 * half, d - 2 * half)
+            rotate_head(x, x0, cos, sin, c0, half, interleaved, out, y0, d)
 
 
-# ---- public wrapper ------------------------------------------------------------------------------
+# ---- public wrappers -----------------------------------------------------------------------------
+class Rotation(NamedTuple):
+    """How T tokens rotate, checked once for all layers alike: tables f32 [P, R/2], each token's row
+    in them int64 [T], how dims are paired. Made by `rotation`."""
+
+    cos: Array
+    sin: Array
+    rows: Array
+    interleaved: bool
+
+
+def rotation(cos: Array, sin: Array, rows: Array, interleaved: bool = False) -> Rotation:
+    """Check the tables f32 [P, R/2] and the tokens' rows in them, int32 or int64 [T].
+
+    TypeError or ValueError names the argument that does not fit.
+    """
+    require("rope", "positions", rows, ("T",), (np.int32, np.int64))
+    require("rope", "cos", cos, ("P", "R/2"))
+    require("rope", "sin", sin, cos.shape)
+    in_range("rope", "positions", rows, len(cos))
+    cos, sin = (t if t.flags.c_contiguous and t.flags.writeable else t.copy() for t in (cos, sin))
+    return Rotation(cos, sin, rows.astype(np.int64), bool(interleaved))
+
+
+def check_rotation(kernel: str, given: Rotation, tokens: int, d: int) -> None:
+    """`given` must be for so many tokens, and its angles for heads of so many dims."""
+    if len(given.rows) != tokens:
+        raise ValueError(f"{kernel}: rotation of {len(given.rows)} tokens, expected {tokens}")
+    if 2 * given.cos.shape[1] > d:
+        raise ValueError(
+            f"{kernel}: cos has shape {given.cos.shape}, expected R/2 from 0 to D/2 = {d / 2:g}"
+        )
+
+
 def rope(
     x: Array,
     positions: Array,
@@ -124,18 +165,14 @@ def rope(
 ) -> Array:
     """Rotate the first R dims of each head of x, copy the rest (all of them where R is 0).
 
-    x [T, H, D] f32, any strides with a contiguous last axis; positions int32 [T]; cos, sin
+    x [T, H, D] f32, any strides with a contiguous last axis; positions int32 or int64 [T]; cos, sin
     [P, R/2] f32; out [T, H, D] f32 or BF16, allocated as `dtype` if None. `interleaved`: pairs are
     neighbours. Returns out. TypeError or ValueError names the argument that does not fit.
     """
     require("rope", "x", x, ("T", "H", "D"))
-    tokens, _, d = x.shape
-    require("rope", "positions", positions, (tokens,), (np.int32,))
-    require("rope", "cos", cos, ("P", "R/2"))
-    require("rope", "sin", sin, cos.shape)
-    if 2 * cos.shape[1] > d:
-        raise ValueError(f"rope: cos has shape {cos.shape}, expected R/2 from 0 to D/2 = {d / 2:g}")
-    in_range("rope", "positions", positions, len(cos))
+    require("rope", "positions", positions, (len(x),), (np.int32, np.int64))
+    given = rotation(cos, sin, positions, interleaved)
+    check_rotation("rope", given, len(x), x.shape[2])
     if out is None:
         out = np.empty(x.shape, dtype)
     require("rope", "out", out, x.shape, STORAGE)
@@ -146,11 +183,11 @@ def rope(
         with jit.threads_for(x.nbytes):
             _rope_kernel(
                 *flat_heads(x),
-                np.ascontiguousarray(positions),
-                np.ascontiguousarray(cos).reshape(-1),
-                np.ascontiguousarray(sin).reshape(-1),
+                given.rows,
+                given.cos.reshape(-1),
+                given.sin.reshape(-1),
                 cos.shape[1],
-                bool(interleaved),
+                given.interleaved,
                 out.reshape(-1),
                 *x.shape,
             )

@@ -27,9 +27,10 @@ from pace_nb.kernels import (
     rope,
 )
 from pace_nb.kernels.kv_write import KVPool
+from pace_nb.kernels.rope import Rotation
+from pace_nb.kernels.rope_kv_write import rope_kv_write
 from pace_nb.kv_cache.base import BatchKV, KVView
 from pace_nb.layers.module import Module
-from pace_nb.layers.rope import Rotation
 from pace_nb.layers.weights import Float32Array
 
 Int32Array = NDArray[np.int32]
@@ -68,6 +69,9 @@ class Step:
             for kernel in get_args(Kernel)
         }
         # By view: layers that see equally far have one, the same object (`KVCache.view`).
+        # For layers whose positions enter elsewhere or nowhere: tables of no angles.
+        none = np.empty((1, 0), np.float32)
+        self.unturned = rope.rotation(none, none, np.zeros(len(batch.token_ids), np.int64))
         self._writes: dict[int, kv_write.WritePlan] = {}
         self._calls: dict[tuple[int, ...], Calls] = {}
 
@@ -153,8 +157,8 @@ class Attention:
         """
         view, pool = step.kv.views[self._layer_index], step.kv.layer(self._layer_index)
         storage = pool.k.dtype
-        queries, keys = rotated(q, rotation, storage), rotated(k, rotation, storage)
-        kv_write.write(keys, v, pool, step.writes(view, pool))
+        turns = step.unturned if rotation is None else rotation
+        queries = rope_kv_write(q, k, v, turns, pool, step.writes(view, pool))
         decode, prefill = step.calls(q.shape, view, pool, self.window, self.chunk)
         out = np.empty(q.shape, storage)
         if decode is not None:
@@ -186,20 +190,3 @@ def _attentions(module: Module) -> Iterator[Attention]:
             yield value
         elif isinstance(value, Module):
             yield from _attentions(value)
-
-
-def rotated(x: Float32Array, rotation: Rotation | None, storage: np.dtype[Any]) -> NDArray[Any]:
-    """x f32[T, H, D] in storage dtype, rotated where there is a rotation; rounded once."""
-    if rotation is None:
-        rotation = Rotation(_NO_ANGLE, _NO_ANGLE, np.zeros(len(x), np.int32), False)
-    return rope.rope(
-        x,
-        rotation.rows,
-        rotation.cos,
-        rotation.sin,
-        out=np.empty(x.shape, storage),
-        interleaved=rotation.interleaved,
-    )
-
-
-_NO_ANGLE = np.empty((1, 0), np.float32)  # a table of which no dim is rotated

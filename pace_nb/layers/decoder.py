@@ -21,13 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pace_nb.batch import Batch
+from pace_nb.kernels.rope import Rotation
 from pace_nb.kv_cache.base import BatchKV, KVCacheConfig
 from pace_nb.layers.attention import Sees, Step
 from pace_nb.layers.embedding import Embedding
 from pace_nb.layers.linear import Linear
 from pace_nb.layers.module import Module
 from pace_nb.layers.norm import RMSNorm
-from pace_nb.layers.rope import RopeParameters, RotaryEmbedding, Rotation
+from pace_nb.layers.rope import RopeParameters, RotaryEmbedding
 from pace_nb.layers.weights import Float32Array
 
 

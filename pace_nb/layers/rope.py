@@ -32,12 +32,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pace_nb.errors import ModelFormatError, UnsupportedModelError
+from pace_nb.kernels.rope import Rotation, rotation
 from pace_nb.layers.weights import Float32Array
 
 Float64Array = NDArray[np.float64]
@@ -136,15 +136,6 @@ class RopeParameters:
         return self.max_position_embeddings / self.original_length
 
 
-class Rotation(NamedTuple):
-    """For T tokens: tables f32[P, R/2], each token's row in them int32[T], how dims are paired."""
-
-    cos: Float32Array
-    sin: Float32Array
-    rows: Int32Array
-    interleaved: bool
-
-
 def inverse_frequencies(parameters: RopeParameters, sequence_len: int = 0) -> Float64Array:
     """float64[R/2] radians per position; `sequence_len` matters to dynamic and longrope only."""
     return _INV_FREQ[parameters.rope_type](parameters, sequence_len)
@@ -187,7 +178,7 @@ class RotaryEmbedding:
             return self._by_length(positions, sequence_lens)
         needed = int(positions.max()) + 1 if len(positions) else 0
         cos, sin = self._grown_to(needed)
-        return Rotation(cos, sin, positions, self.interleaved)
+        return rotation(cos, sin, positions, self.interleaved)
 
     def _grown_to(self, length: int) -> tuple[Float32Array, Float32Array]:
         """The table, doubled until it has `length` rows; rows that exist are kept to the bit."""
@@ -208,7 +199,7 @@ class RotaryEmbedding:
             inv_freq[sequence_lens == length] = inverse_frequencies(self.parameters, int(length))
         cos, sin = self._rows(positions.astype(np.float64), inv_freq)
         rows = np.arange(len(positions), dtype=np.int32)
-        return Rotation(cos, sin, rows, self.interleaved)
+        return rotation(cos, sin, rows, self.interleaved)
 
     def _rows(
         self, positions: Float64Array, inv_freq: Float64Array

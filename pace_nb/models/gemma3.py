@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from pace_nb.batch import Batch
 from pace_nb.errors import UnsupportedModelError
 from pace_nb.kernels import bf16
+from pace_nb.kernels.rope import Rotation
 from pace_nb.kv_cache.base import BatchKV, KVCacheConfig
 from pace_nb.layers.attention import Attention, Sees, Step
 from pace_nb.layers.embedding import Embedding
@@ -36,7 +37,7 @@ from pace_nb.layers.linear import FusedLinear, Linear
 from pace_nb.layers.mlp import GatedMLP
 from pace_nb.layers.module import Module, join
 from pace_nb.layers.norm import HeadRMSNorm, RMSNorm
-from pace_nb.layers.rope import RopeParameters, RotaryEmbedding, Rotation
+from pace_nb.layers.rope import RopeParameters, RotaryEmbedding
 from pace_nb.layers.weights import Float32Array, Weights
 from pace_nb.models.config_json import ConfigJson
 

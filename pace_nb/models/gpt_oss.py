@@ -28,12 +28,13 @@ from numpy.typing import NDArray
 
 from pace_nb.errors import ModelFormatError, UnsupportedModelError
 from pace_nb.kernels import activation
+from pace_nb.kernels.rope import Rotation
 from pace_nb.layers.attention import Attention, Step
 from pace_nb.layers.decoder import CausalLM, DecoderLayer
 from pace_nb.layers.linear import FusedLinear, Linear
 from pace_nb.layers.module import Module, Shape
 from pace_nb.layers.moe import Experts, softmax, top_experts
-from pace_nb.layers.rope import RopeParameters, Rotation
+from pace_nb.layers.rope import RopeParameters
 from pace_nb.layers.weights import Float32Array, Weights
 from pace_nb.models.config_json import ConfigJson
 

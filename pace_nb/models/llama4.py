@@ -27,15 +27,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pace_nb.errors import ModelFormatError
-from pace_nb.kernels import activation
-from pace_nb.layers.attention import Attention, Step, rotated
+from pace_nb.kernels import activation, rope
+from pace_nb.kernels.rope import Rotation
+from pace_nb.layers.attention import Attention, Step
 from pace_nb.layers.decoder import CausalLM
 from pace_nb.layers.linear import FusedLinear, Linear
 from pace_nb.layers.mlp import GatedMLP, activation_kind
 from pace_nb.layers.module import Module, join
 from pace_nb.layers.moe import Experts, sigmoid, top_experts
 from pace_nb.layers.norm import HeadL2Norm, RMSNorm
-from pace_nb.layers.rope import RopeParameters, Rotation
+from pace_nb.layers.rope import RopeParameters
 from pace_nb.layers.weights import Float32Array
 from pace_nb.models.config_json import ConfigJson
 
@@ -169,7 +170,8 @@ class Llama4Attention(Module):
         keys = self._config.num_attention_heads  # the first of them, after the query heads
         q_and_k, v = np.split(heads, [keys + self._config.num_key_value_heads], axis=1)
         if self._rotates:
-            q_and_k = rotated(q_and_k, rotation, np.dtype(np.float32))
+            cos, sin, rows, interleaved = rotation
+            q_and_k = rope.rope(q_and_k, rows, cos, sin, interleaved=interleaved)
             if self._config.use_qk_norm:
                 q_and_k = self._qk_norm(q_and_k)
         q, k = q_and_k[:, :keys], q_and_k[:, keys:]

@@ -20,12 +20,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from pace_nb.kernels.rope import Rotation
 from pace_nb.layers.attention import Attention, Step
 from pace_nb.layers.decoder import CausalLM, DecoderLayer
 from pace_nb.layers.linear import FusedLinear, Linear
 from pace_nb.layers.mlp import GatedMLP
 from pace_nb.layers.module import Module
-from pace_nb.layers.rope import RopeParameters, Rotation
+from pace_nb.layers.rope import RopeParameters
 from pace_nb.layers.weights import Float32Array
 from pace_nb.models.config_json import ConfigJson
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from pace_nb.batch import Batch
 from pace_nb.errors import UnsupportedModelError
 from pace_nb.kernels import norm
+from pace_nb.kernels.rope import Rotation
 from pace_nb.kv_cache.base import BatchKV, KVCacheConfig
 from pace_nb.layers.attention import Attention, Step
 from pace_nb.layers.embedding import Embedding
@@ -35,7 +36,7 @@ from pace_nb.layers.linear import FusedLinear, Linear
 from pace_nb.layers.mlp import MLP
 from pace_nb.layers.module import Module
 from pace_nb.layers.norm import LayerNorm
-from pace_nb.layers.rope import RopeParameters, RotaryEmbedding, Rotation
+from pace_nb.layers.rope import RopeParameters, RotaryEmbedding
 from pace_nb.layers.weights import Float32Array
 from pace_nb.models.config_json import ConfigJson
 

@@ -1,0 +1,124 @@
+"""Between the projection of q, k and v and attention: rotate q and k, write k and v to the cache.
+
+    Q[t, h] = rotate(q[t, h], position of t)                     as `rope.py`, in storage dtype
+    pool.k, pool.v <- rotate(k[t, h], position of t), v[t, h]    as `kv_write.py`
+
+| Array | Shape       | Type      | Layout                                             |
+|-------|-------------|-----------|----------------------------------------------------|
+| q     | [T, H, D]   | f32       | last axis contiguous (slices of a fused q k v)     |
+| k, v  | [T, KVH, D] | f32       | the same                                           |
+| Q     | [T, H, D]   | BF16, f32 | contiguous; what attention multiplies K with       |
+| pool  |             |           | `kv_write.py`                                      |
+
+Moves: T D (H + 2 KVH) (4 + size(pool)) bytes.
+Does: 3 T R (H + KVH) FLOPs. Bound by memory, and for few tokens by being called: one launch where
+    rotating q, rotating k and writing were three, each with its checks.
+Error: that of `rope`, rounded to storage once; a row's bits are those of `rope`, then `kv_write`.
+Cautions: as `kv_write`: a pair's odd half is zeroed with its even one; no unit may belong to two
+    sequences.
+Source: vLLM's fused qk_rope + reshape_and_cache; PACE rotates and writes apart.
+Notebook: 09 RoPE, 12 KV cache.
+Ledger: rope_kv_write.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from pace_nb.kernels import jit
+from pace_nb.kernels.arrays import Array, flat_heads, require
+from pace_nb.kernels.bf16 import narrow
+from pace_nb.kernels.kv_write import (
+    KVPool,
+    WritePlan,
+    check_rows,
+    write_keys,
+    write_ref,
+    write_values,
+)
+from pace_nb.kernels.rope import Rotation, check_rotation, rope_ref, rotate_head
+
+
+# ---- definition ----------------------------------------------------------------------------------
+def rope_kv_write_ref(
+    q: Array, k: Array, v: Array, rotation: Rotation, pool: KVPool, planned: WritePlan
+) -> Array:
+    """Q float64 [T, H, D]; k rotated and v are in the pool."""
+    tables = rotation.rows, rotation.cos, rotation.sin, rotation.interleaved
+    write_ref(narrow(rope_ref(k, *tables), pool.dtype), v, pool, planned)
+    return rope_ref(q, *tables)
+
+
+# ---- kernel --------------------------------------------------------------------------------------
+@jit.kernel
+def _rope_kv_write_kernel(
+    q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, positions, cos, sin, half, interleaved,
+    queries, keys, pool_k, pool_v, tokens, heads, kv_heads, d, dp, s, in_pool, units, rows
+):  # fmt: skip
+    # One unit of one head per task, as in kv_write.py, then the query heads of one token per task.
+    # `keys` [T, KVH, D] holds rotated keys on their way; a task reads what it wrote itself.
+    writes = units * kv_heads
+    for task in prange(writes + tokens):
+        if task < writes:
+            i, h = task // kv_heads, task % kv_heads
+            unit, slot, end, t = rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]
+            for r in range(t, t + end - slot):
+                c0, x0, y0 = positions[r] * half, r * k_row + h * k_head, (r * kv_heads + h) * d
+                rotate_head(k, x0, cos, sin, c0, half, interleaved, keys, y0, d)
+            p, row = (h * in_pool + unit) * 16, kv_heads * d
+            write_keys(keys, (t * kv_heads + h) * d, row, pool_k, p * d, slot, end, d, s)
+            write_values(v, t * v_row + h * v_head, v_row, pool_v, p * dp, slot, end, d, dp, s)
+        else:
+            t = task - writes
+            for h in range(heads):
+                c0, x0, y0 = positions[t] * half, t * q_row + h * q_head, (t * heads + h) * d
+                rotate_head(q, x0, cos, sin, c0, half, interleaved, queries, y0, d)
+
+
+# ---- public wrapper ------------------------------------------------------------------------------
+def rope_kv_write(
+    q: Array, k: Array, v: Array, rotation: Rotation, pool: KVPool, planned: WritePlan
+) -> Array:
+    """Rotate q and k, write k and v of a planned step into one layer's pool; returns Q.
+
+    q [T, H, D], k and v [T, KVH, D] f32, any strides with a contiguous last axis; rotation of
+    `rope.rotation`, planned of `kv_write.plan`. Q [T, H, D] in the pool's dtype. ValueError or
+    TypeError names the argument that does not fit, before anything is written.
+    """
+    name = "rope_kv_write"
+    kv_heads, d, s = check_rows(name, k, v, pool, planned)
+    tokens = len(k)
+    require(name, "q", q, (tokens, "H", d))
+    require(name, "k", k, k.shape)
+    require(name, "v", v, k.shape)
+    check_rotation(name, rotation, tokens, d)
+    queries = np.empty(q.shape, pool.k.dtype)
+    if jit.use_reference():
+        queries[...] = narrow(rope_kv_write_ref(q, k, v, rotation, pool, planned), queries.dtype)
+        return queries
+    with jit.threads_for(4 * q.nbytes):
+        _rope_kv_write_kernel(
+            *flat_heads(q),
+            *flat_heads(k),
+            *flat_heads(v),
+            rotation.rows,
+            rotation.cos.reshape(-1),
+            rotation.sin.reshape(-1),
+            rotation.cos.shape[1],
+            rotation.interleaved,
+            queries.reshape(-1),
+            np.empty(k.size, pool.k.dtype),
+            pool.k.reshape(-1),
+            pool.v.reshape(-1),
+            tokens,
+            q.shape[1],
+            kv_heads,
+            d,
+            pool.v.shape[3],
+            s,
+            pool.num_units,
+            len(planned.rows),
+            planned.rows.reshape(-1),
+        )
+    return queries

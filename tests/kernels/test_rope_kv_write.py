@@ -1,0 +1,107 @@
+"""rope_kv_write.py: to the bit `rope`, then `kv_write`; errors name arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pace_nb.kernels import jit, kv_write
+from pace_nb.kernels.bf16 import widen
+from pace_nb.kernels.kv_write import new_pool
+from pace_nb.kernels.rope import rope, rotation
+from pace_nb.kernels.rope_kv_write import rope_kv_write
+
+DTYPES = [np.uint16, np.float32]
+TABLE = np.array([[3, 0], [1, 4]])
+CONTEXTS, CU = np.array([20, 5], np.int32), np.array([0, 18, 19], np.int32)  # two spans of rows
+TOKENS, HEADS, KV_HEADS = 19, 6, 2
+
+
+def case(d: int, half: int, seed: int = 0) -> tuple[Any, ...]:
+    """q, k, v as slices of one projection, tables and positions."""
+    rng = np.random.default_rng(seed)
+    fused = rng.standard_normal((TOKENS, HEADS + 2 * KV_HEADS, d)).astype(np.float32)
+    cos, sin = (rng.standard_normal((32, half)).astype(np.float32) for _ in range(2))
+    positions = rng.integers(0, 32, TOKENS).astype(np.int32)
+    q, k, v = np.split(fused, [HEADS, HEADS + KV_HEADS], axis=1)
+    return q, k, v, cos, sin, positions
+
+
+def planned(pool: kv_write.KVPool) -> kv_write.WritePlan:
+    return kv_write.plan(pool.num_units, TOKENS, TABLE, 1, CU, CONTEXTS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("d", "half"), [(2, 1), (24, 12), (64, 32), (80, 16), (40, 0)])
+@pytest.mark.parametrize("mode", ["numba", "reference"])
+def test_bits_of_rope_then_kv_write(d, half, dtype, interleaved, mode):
+    q, k, v, cos, sin, positions = case(d, half)
+    apart, fused = (new_pool(5, KV_HEADS, d, dtype) for _ in range(2))
+    with jit.using(mode):
+        tables = positions, cos, sin
+        want = rope(q, *tables, interleaved=interleaved, dtype=dtype)
+        keys = rope(k, *tables, interleaved=interleaved, dtype=dtype)
+        kv_write.write(keys, v, apart, planned(apart))
+        turns = rotation(cos, sin, positions, interleaved)
+        queries = rope_kv_write(q, k, v, turns, fused, planned(fused))
+    np.testing.assert_array_equal(queries, want)
+    np.testing.assert_array_equal(fused.k, apart.k)
+    np.testing.assert_array_equal(fused.v, apart.v)
+    assert np.any(fused.k) and np.any(fused.v)
+
+
+def test_threads_and_nan():
+    q, k, v, cos, sin, positions = case(64, 32)
+    q[3, 2, 5] = k[4, 1, 7] = np.nan
+    found = []
+    before = jit.num_threads()
+    try:
+        for threads in {1, before}:
+            jit.set_num_threads(threads)
+            pool = new_pool(5, KV_HEADS, 64, np.float32)
+            turns = rotation(cos, sin, positions)
+            found.append((rope_kv_write(q, k, v, turns, pool, planned(pool)), *pool))
+    finally:
+        jit.set_num_threads(before)
+    for one in found[1:]:
+        for a, b in zip(found[0], one, strict=True):
+            np.testing.assert_array_equal(a, b)
+    queries = widen(found[0][0])
+    assert np.isnan(queries[3, 2, [5, 37]]).all() and np.isnan(queries).sum() == 2
+    assert np.isnan(found[0][1]).sum() == 2  # its key and the partner, in the pool
+
+
+POOL = new_pool(5, KV_HEADS, 24, np.float32)
+Q, K, V, COS, SIN, POSITIONS = case(24, 12)
+TURNS, PLAN = rotation(COS, SIN, POSITIONS), planned(POOL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((Q[:-1], K, V, TURNS, POOL, PLAN), r"q has shape \(18, 6, 24\), expected \(19, H, 24\)"),
+        ((Q, K[:, :1], V, TURNS, POOL, PLAN), r"k has shape \(19, 1, 24\), expected \(T, 2, 24\)"),
+        ((Q, K, V[:-1], TURNS, POOL, PLAN), r"v has shape \(18, 2, 24\)"),
+        ((Q.astype(np.float64), K, V, TURNS, POOL, PLAN), "q has dtype float64, expected float32"),
+        ((Q[1:], K[1:], V[1:], TURNS, POOL, PLAN), "18 tokens and a pool of 5 units, planned 19"),
+        ((Q, K, V, rotation(COS, SIN, POSITIONS[1:]), POOL, PLAN), "rotation of 18 tokens"),
+        (
+            (Q, K, V, rotation(*[np.ones((32, 13), np.float32)] * 2, POSITIONS), POOL, PLAN),
+            r"cos has shape \(32, 13\), expected R/2 from 0 to D/2 = 12",
+        ),
+    ],
+)
+def test_bad_input_names_the_argument(arguments: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"rope_kv_write: {message}"):
+        rope_kv_write(*arguments)
+    assert not POOL.k.any() and not POOL.v.any()
+
+
+def test_positions_beyond_the_tables():
+    with pytest.raises(ValueError, match="rope: positions holds 32, expected 0 to 31"):
+        rotation(COS, SIN, np.array([0, 32]))
+    with pytest.raises(ValueError, match="rope: positions holds -1, expected 0 to 31"):
+        rotation(COS, SIN, np.array([-1], np.int32))
