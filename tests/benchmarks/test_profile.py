@@ -75,7 +75,7 @@ def test_all_time_is_somewhere_and_an_error_restores_the_kernels():
     assert sum(row.share_of_time for row in found) == pytest.approx(1.0)
     assert found[-1].name == BETWEEN and found[-1].seconds > 0
     names = {row.name.split()[0] for row in found}
-    assert {"gemm", "rope", "kv_write", "attention_decode", "add_rms_norm"} <= names
+    assert {"gemm", "mlp", "rope_kv_write", "attention_decode", "add_rms_norm"} <= names
     with pytest.raises(RuntimeError), profile:
         raise RuntimeError
     assert {name: where[name] for where, name in jit.kernels() if name in before} == before
