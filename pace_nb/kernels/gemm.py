@@ -232,13 +232,13 @@ def _pack_kernel(words, data, lane, lanes, row0, n, steps, high, low, broken):
 
 
 @jit.kernel
-def _gather_rows_kernel(data, ids, out, k):
-    s = per_word(data)
-    steps = (k + s - 1) // s
+def _gather_rows_kernel(data, s, ids, out, k):
+    # The bits of a BF16 (s = 2) are the upper half of its float32's; those of a float32 are all.
+    steps, shift = (k + s - 1) // s, 16 * (s - 1)
     for t in prange(len(ids)):  # one row per task
         source = (ids[t] // NR * steps * NR + ids[t] % NR) * s
         for i in range(k):
-            out[t * k + i] = data[source + i // s * (NR * s) + i % s]
+            out[t * k + i] = np.uint32(data[source + i // s * (NR * s) + i % s]) << shift
 
 
 # ---- public wrappers -----------------------------------------------------------------------------
@@ -388,7 +388,10 @@ def gather_rows(weight: PackedWeight, ids: Array) -> Array:
     in_range("gather_rows", "ids", ids, weight.n)
     if jit.use_reference():
         return narrow(gather_rows_ref(weight, ids), np.float32)
-    rows = np.empty((len(ids), weight.k), weight.data.dtype)
+    rows = np.empty((len(ids), weight.k), np.float32)
+    step = _step(weight.data)
+    data = weight.data if step == 2 else weight.data.view(np.uint32)
+    bits = rows.reshape(-1).view(np.uint32)
     with jit.threads_for(rows.nbytes):
-        _gather_rows_kernel(weight.data, np.ascontiguousarray(ids), rows.reshape(-1), weight.k)
-    return narrow(widen(rows), np.float32)
+        _gather_rows_kernel(data, step, np.ascontiguousarray(ids), bits, weight.k)
+    return rows
