@@ -31,6 +31,7 @@ VERBS = {
     "warmup": "compile a model's kernels ahead of time",
     "bench": "measure latency, throughput, serving, startup or kernels",
     "doctor": "say what runs on this machine, and why",
+    "verify": "check kernels against float64, with or without a fault",
     "list": "list the models in the local cache",
     "pull": "download a model from the Hugging Face hub",
     "show": "describe a model",

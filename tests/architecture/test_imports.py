@@ -22,7 +22,7 @@ LAYERS = [
     {"chat_template_worker"},  # the process that renders templates, with limits
     {"models"},
     {"layers"},
-    {"kv_cache"},
+    {"kv_cache", "verify"},
     {"kernels"},
 ]
 LEAVES = {"batch", "config", "sampling_params", "structured_outputs", "outputs", "errors", "env"}

@@ -1,0 +1,47 @@
+"""The picture shows what the results hold."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from pace_nb.errors import ConfigError
+from pace_nb.verify import merged, plots, verify
+
+
+def test_histogram_and_map_hold_the_values():
+    results = list(verify("gemm", dtype="float32", grid="3x70x17", fault="lost-tail"))
+    left, right = Figure().subplots(1, 2)
+    plots.histogram_on(left, results)
+    counts = merged(results)
+    heights = [bar.get_height() for bar in left.patches]
+    np.testing.assert_allclose(heights, 100 * np.array(counts) / sum(counts))
+    plots.map_on(right, results[0])
+    shown = right.images[0].get_array()
+    np.testing.assert_allclose(shown, np.log10(np.clip(results[0].share, 1e-2, 1e2)))
+
+
+def test_large_maps_show_the_worst_of_each_block():
+    (result,) = list(verify("exp", grid="5000"))[:1]
+    axes = Figure().subplots()
+    plots.map_on(axes, result)
+    shown = axes.images[0].get_array()
+    assert shown.shape[1] <= plots.MOST
+    assert shown.max() == pytest.approx(np.log10(result.worst_share), rel=1e-6)
+
+
+def test_draw_writes_a_picture(tmp_path):
+    results = list(verify("norm", grid="2x17"))
+    plots.draw(results, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match=r"--plot .*: "):
+        plots.draw(results, tmp_path / "a.xyz")
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"pip install 'pace-nb\[bench\]'"):
+        plots.draw([], tmp_path / "a.png")
