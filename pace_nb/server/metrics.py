@@ -9,6 +9,7 @@ Source: vLLM `vllm/v1/metrics/loggers.py`; docs/monitoring/ has a dashboard for 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -156,6 +157,8 @@ class Metrics:
         def plain(kind: Any, name: str, text: str, labels: Sequence[str] = ()) -> Any:
             return kind(name, text, labels, registry=self._registry)
 
+        tasks = plain(Gauge, f"{prefix}:server_tasks", "Tasks of the server's event loop.")
+        tasks.set_function(_num_tasks)
         self._rejected = plain(
             Counter, f"{prefix}:request_rejected", "Refused for want of room.", ["reason"]
         )
@@ -322,6 +325,14 @@ class Metrics:
         new = num_compiled - self._compiled[engine]
         self._compiled[engine] = num_compiled
         self._jit.labels(self._model, self._engines[engine]).inc(max(0, new))
+
+
+def _num_tasks() -> float:
+    """Of the loop that answers the scrape; 0 outside of one."""
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:
+        return 0.0
 
 
 def _anonymous_bytes(pid: int | None) -> float:
