@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -420,6 +422,54 @@ def cut(connection):
     """Close at once, with a reset."""
     connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
+
+
+FEATURES = {
+    "n": {"n": 2},
+    "stop": {"stop": [" and", "."]},
+    "stop_token_ids": {"stop_token_ids": [20]},
+    "min_tokens": {"min_tokens": 4},
+    "ignore_eos": {"ignore_eos": True},
+    "echo": {"echo": True},
+    "logprobs": {"logprobs": 2},
+    "prompt_logprobs": {"prompt_logprobs": 1},
+    "logit_bias": {"logit_bias": {"407": 2.5, "20": -100}},
+    "repetition_penalty": {"repetition_penalty": 1.3},
+    "other penalties": {"presence_penalty": 0.5, "frequency_penalty": 0.5},
+    "top_k and top_p": {"top_k": 20, "top_p": 0.8},
+    "min_p": {"min_p": 0.05},
+    "greedy": {"temperature": 0},
+    "bad_words": {"bad_words": [" little"]},
+    "allowed_token_ids": {"allowed_token_ids": list(range(5, 1000))},
+    "structured": {"structured_outputs": {"regex": "[a-z ]{5,25}"}},
+    "cache_salt": {"cache_salt": "x"},
+    "truncated": {"truncate_prompt_tokens": 3},
+}
+
+
+def test_S27_every_pair_of_features_with_speculation_and_without(server, drafting):
+    """They are all answered, and say the same to the bit; penalties beside guesses took engines of
+    others down (CVE-2026-44223, CVE-2026-54234)."""
+    bodies = [
+        {"prompt": STORY, "max_tokens": 10, "temperature": 0.8, "seed": 7, **one, **other}
+        for one, other in itertools.combinations(FEATURES.values(), 2)
+    ]
+
+    def answers(of):
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda body: of.post(COMPLETIONS, body), bodies))
+        return [(one.status, one.json().get("choices", one.json().get("error"))) for one in found]
+
+    plain, guessed = answers(server), answers(drafting)
+    refused = {
+        tuple(pair)
+        for pair, (status, _) in zip(itertools.combinations(FEATURES, 2), plain, strict=True)
+        if status != 200
+    }
+    assert refused == set(), refused
+    for pair, one, other in zip(itertools.combinations(FEATURES, 2), plain, guessed, strict=True):
+        assert one == other, pair
+    assert drafting.metric("spec_decode_num_accepted_tokens_total") > 100
 
 
 @pytest.mark.parametrize("path, body", [(COMPLETIONS, {}), (CHAT, {"messages": user("a story")})])

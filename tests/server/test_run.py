@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 
 import pace_nb
+from tests.servers import READY_SECONDS, Server
 
 
 def fails(server):
@@ -59,3 +61,21 @@ def test_the_log_can_be_json(start):
     lines = [json.loads(line) for line in server.log().splitlines()]
     assert any("serves pace-nb-demo (this machine only, no API key)" in x["message"] for x in lines)
     assert pytest.approx(lines[0]["time"], abs=3600) == __import__("time").time()
+
+
+def test_R35_no_home_a_full_disk_for_the_log_and_a_locale_without_letters(waiting):
+    """What it cannot write it leaves; what it answers does not hang on where it runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"HOME": "/nonexistent", "LC_ALL": "C", "LANG": "C", "TZ": "nowhere/at/all"}
+    server = Server(Path("/dev/full"), "--port", str(port), environment=place)
+    server.port = port
+    server.log = lambda: "(a full disk)"
+    try:
+        waiting(lambda: server.get("/health").status == 200, READY_SECONDS)
+        answer = server.complete("Él dijo: 猫", max_tokens=3, echo=True)
+        assert answer.json()["choices"][0]["text"].startswith("Él dijo: 猫")
+        assert server.complete(max_tokens=-1).status == 400
+    finally:
+        assert server.stop() == 0
