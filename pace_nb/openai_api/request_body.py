@@ -18,6 +18,7 @@ Source: OpenAI's API reference; vLLM `vllm/entrypoints/openai/protocol.py`.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -30,7 +31,7 @@ from pace_nb.sampling_params import MAX_LOGPROBS, SamplingParams
 from pace_nb.structured_outputs import StructuredOutputsParams
 
 MAX_JSON_DEPTH: Final = 64
-MAX_JSON_VALUES: Final = 2_000_000  # a prompt of token ids has one for each
+MAX_JSON_VALUES: Final = 500_000  # a prompt of token ids has one for each
 MAX_N: Final = 128  # OpenAI's
 MAX_PROMPTS: Final = 256
 MAX_COMPLETIONS: Final = 1024  # prompts x n
@@ -170,9 +171,20 @@ class ChatBody(RequestBody):
 
 def read_json(data: bytes | str) -> dict[str, Any]:
     """A body as an object. ApiError for anything else: NaN, Infinity, 1e999, deep or huge values,
-    bytes that are not UTF-8."""
+    bytes that are not UTF-8.
+
+    A server's other clients wait while this runs, so what would take long is refused unread: the
+    commas, colons and brackets of the body, those in its texts too, are no fewer than its values.
+    """
+    collects = gc.isenabled()
     try:
         text = data if isinstance(data, str) else data.decode()
+        if sum(map(text.count, ",:[{")) > MAX_JSON_VALUES:
+            raise ApiError(
+                f"the body has more than {MAX_JSON_VALUES} values (commas, colons and brackets "
+                "are counted, in texts too)"
+            )
+        gc.disable()  # it would look through all that was made so far, again and again
         found = json.loads(text, parse_constant=_no_constant)
     except ApiError:
         raise
@@ -183,9 +195,12 @@ def read_json(data: bytes | str) -> dict[str, Any]:
     except ValueError as error:  # not JSON, or an integer of more digits than Python reads
         place = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise ApiError(f"the body is not valid JSON{place}") from None
+    finally:
+        if collects:
+            gc.enable()
     if not isinstance(found, dict):
         raise ApiError(f"the body is {_kind(found)}, expected an object")
-    _check_size(found)
+    _check_depth(found)
     return found
 
 
@@ -591,24 +606,22 @@ def _no_constant(name: str) -> NoReturn:
     raise ApiError(f"the body holds {name}, which is not JSON")
 
 
-def _check_size(body: Mapping[str, Any]) -> None:
-    """Refuse a body that is deep or has too many values, or numbers that no float holds."""
-    num_values = 0
-    level: Sequence[Any] = list(body.values())
+def _check_depth(body: Mapping[str, Any]) -> None:
+    """Refuse a body that is deep, or has numbers that no float holds."""
+    level: Collection[Any] = body.values()
     for _ in range(MAX_JSON_DEPTH):
-        num_values += len(level)
-        if num_values > MAX_JSON_VALUES:
-            raise ApiError(f"the body has more than {MAX_JSON_VALUES} values")
-        if any(isinstance(value, float) and not math.isfinite(value) for value in level):
-            raise ApiError("the body holds a number that is too large")
-        level = [
-            item
-            for value in level
-            if isinstance(value, dict | list)
-            for item in (value.values() if isinstance(value, dict) else value)
-        ]
-        if not level:
+        below: list[Any] = []
+        for value in level:
+            kind = type(value)
+            if kind is list:
+                below += value
+            elif kind is dict:
+                below += value.values()
+            elif kind is float and not math.isfinite(value):
+                raise ApiError("the body holds a number that is too large")
+        if not below:
             return
+        level = below
     raise ApiError(f"the body is nested deeper than {MAX_JSON_DEPTH}")
 
 

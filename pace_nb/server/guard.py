@@ -10,7 +10,7 @@ Knows HTTP headers. Does not know what routes do. Everything is refused that is 
   127.0.0.1 says its own (DNS rebinding, CVE-2024-28224);
 - `Origin`, which browsers add, must be ours or allowed, and a POST must be application/json, which
   a page elsewhere cannot send unasked;
-- no encoded bodies: there is nothing to unpack, so there are no bombs.
+- no encoded bodies: there is nothing to unpack, so there are no bombs; and none with two lengths.
 
 It gives every request an id, catches what routes let fall (the client learns the id, the log the
 rest), and writes the line about it. Text of requests is never written.
@@ -90,7 +90,10 @@ class Guard:
             if refused is None:
                 await self._app(scope, receive, send_with_id)
             else:
-                await error_response(refused)(scope, receive, send_with_id)
+                response = error_response(refused)
+                if _has_two_lengths(headers):
+                    response.headers["connection"] = "close"  # what follows may be a body
+                await response(scope, receive, send_with_id)
         except Exception as error:
             if isinstance(error, TimeoutError) and status != CLIENT_CLOSED:
                 _log.warning("%s: the client reads too slowly, it is cut off", request_id)
@@ -113,6 +116,8 @@ class Guard:
                 )  # fmt: skip
 
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        if _has_two_lengths(headers):
+            return ApiError("expected Content-Length or Transfer-Encoding, not both", status=400)
         host = headers.get("host", "").lower()
         if self._hosts and host and _name(host) not in self._hosts:
             return ApiError("this Host is not served here; see --allowed-hosts", status=403)
@@ -152,6 +157,11 @@ class Guard:
         if "*" in self._origins or origin.rstrip("/") in self._origins:
             return True
         return bool(host) and origin.partition("://")[2] == host
+
+
+def _has_two_lengths(headers: Headers) -> bool:
+    """A proxy that goes by the other one would see the next request elsewhere (smuggling)."""
+    return "transfer-encoding" in headers and "content-length" in headers
 
 
 def _credentials(headers: Headers) -> tuple[str, bytes]:

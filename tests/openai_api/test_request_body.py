@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -338,9 +339,28 @@ def test_json_that_is_none(data, message):
 
 def test_a_body_with_too_many_values(monkeypatch):
     monkeypatch.setattr(request_body, "MAX_JSON_VALUES", 10)
-    assert read_json('{"a": [1, 2, 3, 4, 5, 6, 7, 8, 9]}')
-    with pytest.raises(ApiError, match="more than 10 values"):
-        read_json('{"a": [[1, 2, 3, 4], [5, 6, 7, 8, 9]]}')
+    assert read_json('{"a": [1, 2, 3, 4, 5, 6, 7, 8]}')
+    monkeypatch.setattr(request_body.json, "loads", None)  # they are not even read
+    for text in ('{"a": [[1, 2, 3, 4], [5, 6, 7, 8, 9]]}', '{"a": [{}, {}, {}, {}, {}]}'):
+        with pytest.raises(ApiError, match="more than 10 values"):
+            read_json(text)
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    "one", [b"1,", b"{},", b"[],", b'"",', b"[[1]],", b'{"a":{"b":0}},', b"1.5,", b"true,"]
+)
+def test_S21_commas_and_brackets_are_no_fewer_than_values(one):
+    """The bound that is checked before a body is read holds for what is read."""
+    data = b'{"a": [' + one * 50 + b'1], "b": {"c": [], "d": "x"}}'
+    num, level = 0, [read_json(data)]
+    while level:
+        num += len(level)
+        level = [
+            item for value in level if isinstance(value, dict | list)
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]  # fmt: skip
+    assert num - 1 <= sum(map(data.decode().count, ",:[{"))
 
 
 ANY_JSON = st.recursive(

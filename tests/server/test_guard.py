@@ -255,3 +255,20 @@ def test_S30_prompts_are_not_in_the_log_or_the_metrics(server):
     server.get(f"/{canary}")
     assert canary not in server.log().replace(f"GET /{canary} 404", "")
     assert canary not in server.get("/metrics").body.decode()
+
+
+def test_S20_a_body_has_one_length(server):
+    """With two, a proxy before us and we may disagree about where the next request begins."""
+    body = b'{"prompt": "x", "max_tokens": 1}'
+    hidden = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    for lengths in (b"Content-Length: 4\r\n" + chunked, b"Content-Length: 4\r\nX: y\r\n" + chunked):
+        with server.connect() as one:
+            one.sendall(head + lengths + hidden)
+            answer = b"".join(iter(lambda one=one: one.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1") == 1
+        assert b"not both" in answer
+    with server.connect() as one:
+        one.sendall(head + b"Connection: close\r\n" + chunked)
+        assert b"".join(iter(lambda: one.recv(65536), b"")).startswith(b"HTTP/1.1 200")
