@@ -134,7 +134,8 @@ class ChatTemplate:
         """The text of a conversation. It holds its special tokens: encode it without adding any.
 
         Args:
-            messages: `{"role": str, "content": str | list of text parts, ...}`, oldest first.
+            messages: `{"role": str, "content": str | list of text parts, ...}`, oldest first. The
+                role "developer", OpenAI's newer word, is "system" to templates without it.
             add_generation_prompt: End with the beginning of an answer.
             continue_final_message: Leave the last message open, so that the model goes on with it.
                 Excludes `add_generation_prompt`.
@@ -153,6 +154,11 @@ class ChatTemplate:
                 "continue_final_message is true, expected add_generation_prompt to be false then"
             )
         _check_variables(variables)
+        template = self._choose(chat_template, with_tools=bool(tools))
+        if "developer" not in template:
+            for message in checked:
+                if message["role"] == "developer":
+                    message["role"] = "system"
         values: dict[str, Any] = {
             **self._special_tokens,
             **variables,
@@ -161,7 +167,7 @@ class ChatTemplate:
             "documents": list(documents) if documents else None,
             "add_generation_prompt": bool(add_generation_prompt),
         }
-        text = self._run(self._choose(chat_template, with_tools=bool(tools)), values)
+        text = self._run(template, values)
         return _open_final_message(text, checked) if continue_final_message else text
 
     def close(self) -> None:

@@ -32,10 +32,10 @@ def chat() -> Iterator[ChatTemplate]:
     template.close()
 
 
-def run(source: str, **options: Any) -> str:
+def run(source: str, messages: Any = USER, **options: Any) -> str:
     template = ChatTemplate({"default": source}, processor_seconds=0.3)
     try:
-        return template.render(USER, **options)
+        return template.render(messages, **options)
     finally:
         template.close()
 
@@ -75,6 +75,14 @@ def test_a_template_that_trims_can_be_continued() -> None:
     options = {"add_generation_prompt": False, "continue_final_message": True}
     assert template.render(messages, **options) == "Hi</>so"  # type: ignore[arg-type]
     template.close()
+
+
+def test_developers_are_the_system_where_a_template_does_not_know_them() -> None:
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    roles = "{% for m in messages %}{{ m.role }} {% endfor %}"
+    assert run(roles, messages=messages) == "system user "
+    assert run(roles + "{# developer #}", messages=messages) == "developer user "
+    assert messages[0]["role"] == "developer"
 
 
 def test_surrogates_and_control_characters_pass() -> None:

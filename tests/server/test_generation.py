@@ -93,6 +93,16 @@ def test_chat_through_the_client(client, llm):
     assert all(chunk.object == "chat.completion.chunk" for chunk in chunks)
 
 
+def test_a_developers_message_is_the_systems(client):
+    def said(role):
+        messages = [{"role": role, "content": "Be kind."}, *user("Tell me a story.")]
+        return client.chat.completions.create(
+            model="", messages=messages, max_tokens=9, temperature=0
+        ).choices[0].message.content  # fmt: skip
+
+    assert said("developer") == said("system") != ""
+
+
 def test_content_parts_and_no_max_tokens(client):
     got = client.chat.completions.create(
         model="", messages=[{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
