@@ -243,7 +243,9 @@ def _open_draft(config: EngineConfig, target: Path, vocab_size: int) -> _DraftMo
         raise ConfigError("speculative_config: method 'pard' needs a draft model, model is None")
     with Checkpoint.open(directory) as checkpoint:
         model = load_model(checkpoint, config.storage_dtype)
-        mask_token_id = checkpoint.config.get("pard_token", speculative.pard_token)
+        mask_token_id = checkpoint.config.get("pard_token")
+    if mask_token_id is None:
+        mask_token_id = speculative.pard_token
     if mask_token_id is None:
         raise ConfigError(
             f"speculative_config: {directory}/config.json names no pard_token, the mask token that "

@@ -111,6 +111,9 @@ class Scheduler:
                 scheduled.append(Scheduled(request, num_tokens))
                 budget -= num_tokens + len(request.draft_token_ids)
                 spare -= len(request.draft_token_ids)
+        for request, _ in scheduled:  # all have their own room by now: guesses take what is left
+            if request.draft_token_ids and not self._has_room_for_guesses(request):
+                request.draft_token_ids = []
 
         while self.waiting and len(self.running) < self._max_num_seqs and budget > 0:
             request = self.waiting[0]
@@ -159,19 +162,18 @@ class Scheduler:
         """Room for all tokens of a running request; False where it had to give way itself.
 
         It asks for whole units, which is what caches give, so it seldom asks for more than it has.
-        Nobody gives way to guesses.
         """
-        if request.draft_token_ids:
-            room = -(-(request.num_tokens + len(request.draft_token_ids)) // UNIT) * UNIT
-            if self._cache.allocate(request.request_id, room):
-                return True
-            request.draft_token_ids = []
         room = -(-request.num_tokens // UNIT) * UNIT
         while request.status is RequestStatus.RUNNING:
             if self._cache.allocate(request.request_id, room):
                 return True
             self._preempt(self.running[-1])
         return False
+
+    def _has_room_for_guesses(self, request: Request) -> bool:
+        """Room for them behind its tokens; nobody gives way to guesses."""
+        room = -(-(request.num_tokens + len(request.draft_token_ids)) // UNIT) * UNIT
+        return self._cache.allocate(request.request_id, room)
 
     def _preempt(self, request: Request) -> None:
         """Take the room of a running request; it waits in its old place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import numpy as np
@@ -16,11 +17,13 @@ from pace_nb.engine.sampler import _edits
 from pace_nb.engine.speculative import Draft, PromptLookup, SpeculativeStats
 from pace_nb.errors import ConfigError
 from pace_nb.kernels.sampling import distribution_ref
+from tests.engine.conftest import ScriptedModel
 
 quick = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4}
+ON = {"ignore_eos": True, "allowed_token_ids": list(range(38))}
 CACHES = [
     {"kv_cache": "contiguous"},
     {"kv_cache": "slab", "block_size": 16},
@@ -263,6 +266,22 @@ def test_guesses_preempt_nobody_and_leave_each_its_token(scripted):
     assert max(batch.num_tokens for batch in setup.model.batches) == 3
 
 
+def test_guesses_take_no_room_that_another_needs_in_the_same_step(scripted):
+    """Four units: the first request's 30 wrong guesses would take the one that the second needs."""
+    specifications = [(list(range(10)), 39, ON), (list(range(5, 15)), 12, ON)]
+    expected = alone(scripted, specifications)
+    drafter = Foreseeing({r.request_id: r.generated_token_ids for r in expected}, 0.0)
+    speculative = {"method": "ngram", "num_speculative_tokens": 30}
+    setup = scripted.setup(
+        num_units=4, max_num_seqs=2, drafter=drafter, speculative_config=speculative
+    )
+    requests = build(scripted, specifications)
+    setup.run(*requests)
+    assert [r.token_ids for r in requests] == [r.token_ids for r in expected]
+    assert [r.num_preemptions for r in requests] == [0, 0]
+    assert setup.engine.speculative_stats.num_draft_tokens > 100
+
+
 def test_a_drafter_that_fails_costs_only_its_guesses(scripted, caplog):
     (expected,) = alone(scripted, [([1, 2, 3], 9, {})])
 
@@ -433,12 +452,90 @@ def test_sampled_tokens_follow_the_model(scripted, kind):
     if rest[1] > 5:
         statistic += (rest[0] - rest[1]) ** 2 / rest[1]
     freedom = large.sum() - (rest[1] <= 5)
-    # Wilson and Hilferty: the cube root is nearly normal; 4 sigmas are one in 30,000.
-    normal = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / np.sqrt(
-        2 / (9 * freedom)
-    )
     assert freedom > 15
-    assert normal < 4
+    assert cube_root_normal(statistic, freedom) < 4
+
+
+class LastTokenDecides(ScriptedModel):
+    """logits = table[last token]: every token of every request is a sample of one row of p."""
+
+    vocab_size = 12
+
+    def __init__(self):
+        super().__init__()
+        self.table = np.random.default_rng(11).normal(0, 2.5, (12, 12)).astype(np.float32)
+
+    def __call__(self, batch, kv):
+        return batch.token_ids[:, None].astype(np.float32)
+
+    def logits(self, hidden, rows):
+        return self.table[hidden[rows, 0].astype(int)]
+
+
+class DrawingFast(Drawing):
+    """The same for many requests at once."""
+
+    def propose(self, requests, limits):
+        last = np.array([request.token_ids[-1] for request in requests])
+        rows = np.empty((len(requests), max(limits), self.vocab_size), np.float32)
+        tokens = np.empty(rows.shape[:2], np.int64)
+        for ahead in range(max(limits)):
+            rows[:, ahead] = self.q[last]
+            below = rows[:, ahead].cumsum(axis=1, dtype=np.float64)
+            u = self.random.random(len(requests)) * below[:, -1]
+            last = tokens[:, ahead] = (u[:, None] >= below).sum(axis=1)
+        return [
+            Draft(tokens[i, :limit].tolist(), rows[i, :limit] if self.kind == "drawn" else None)
+            for i, limit in enumerate(limits)
+        ]
+
+
+@pytest.mark.parametrize("kind", ["drawn", "single"])
+def test_100_000_sampled_tokens_follow_the_model(scripted, kind, record_property):
+    """Chi-square of each token given the one before it: 1000 requests of 100 tokens, and 3 guesses
+    in each step, drawn from a q that is not p. Each token follows the same row of p at every place
+    of a block: accepted, replaced, and after the last guess."""
+    params = {"temperature": 1.3, "top_k": 10, "top_p": 0.97, "min_p": 0.01, "ignore_eos": True}
+    setup = scripted.setup(
+        num_units=8000, max_num_seqs=1000, max_num_batched_tokens=20_000,
+        enable_prefix_caching=False,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 3},
+        drafter=DrawingFast(12, 7, kind),
+    )  # fmt: skip
+    model = setup.engine._runner._model = LastTokenDecides()
+    likely = np.exp(model.table - model.table.max(axis=1, keepdims=True))
+    drafter = setup.engine._speculation._drafter
+    drafter.q = 0.3 * drafter.q + 0.7 * likely / likely.sum(axis=1, keepdims=True)
+    requests = [
+        scripted.request(str(i), [i % 12], max_tokens=100, seed=i, **params) for i in range(1000)
+    ]
+    for request in requests:
+        setup.engine.add(request)
+    while setup.engine.num_unfinished:
+        setup.engine.step()
+    tokens = np.array([request.token_ids for request in requests])
+    counts = np.zeros((12, 12))
+    np.add.at(counts, (tokens[:, :-1].reshape(-1), tokens[:, 1:].reshape(-1)), 1)
+    assert counts.sum() == 100_000
+    assert setup.engine.speculative_stats.num_accepted_tokens > 10_000
+    sampler = setup.engine._sampler
+    kept = sampler._keep(requests[0], 12)
+    p = distribution_ref(model.table, sampler._settings, np.full(12, kept.slot), None)
+    expected = p.astype(float) * counts.sum(axis=1, keepdims=True)
+    assert counts[expected == 0].sum() == 0 and (expected == 0).any()
+    possible = expected > 0
+    assert expected[possible].min() > 5
+    statistic = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    freedom = possible.sum() - 12
+    normal = cube_root_normal(statistic, freedom)
+    record_property("p", 0.5 * math.erfc(normal / math.sqrt(2)))
+    assert normal < 4 and freedom > 30
+
+
+def cube_root_normal(statistic, freedom):
+    """Wilson and Hilferty: the cube root is nearly normal; 4 sigmas are one in 30,000."""
+    spread = 2 / (9 * freedom)
+    return float(((statistic / freedom) ** (1 / 3) - (1 - spread)) / np.sqrt(spread))
 
 
 def pairs_after(scripted, request):
