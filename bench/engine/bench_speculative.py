@@ -51,7 +51,7 @@ SHOWN = 0.8  # the acceptance whose rate is the row's; those of the others are i
 ROWS = (1, 2, 4, 7, 13, 25)
 LEARNING = 12  # steps in which the adaptive K finds its place, before any that is timed
 PAUSED = 3.0  # times the median: in a step that took longer the process stood still
-DEMO_K, DEMO_ROUNDS, DEMO_TOKENS = 8, 3, 120
+DEMO_K, DEMO_ROUNDS, DEMO_TOKENS = 8, 2, 120
 ROOT = Path(__file__).resolve().parents[2]
 HELD_BACK_SEED = 999
 
@@ -367,7 +367,7 @@ def main() -> None:
     option("--rows", action="store_true", help="what rows of one request cost, and nothing else")
     option("--seconds", type=float, default=50, help="for the rounds of each case")
     option("--demo", action="store_true", help="the bundled model and its draft")
-    option("--prompts", type=int, default=48, help="of --demo")
+    option("--prompts", type=int, default=24, help="of --demo")
     options = parser.parse_args()
     if not options.demo and options.model is None:
         parser.error("expected --model DIRECTORY or --demo")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pace_nb.config import SpeculativeConfig
 from pace_nb.engine import engine as engine_module
 from pace_nb.engine import speculative as speculative_module
-from pace_nb.engine.sampler import _edits
+from pace_nb.engine.sampler import _Change, _edits
 from pace_nb.engine.speculative import Draft, PromptLookup, SpeculativeStats
 from pace_nb.errors import ConfigError
 from pace_nb.kernels.sampling import distribution_ref
@@ -520,7 +520,9 @@ def test_100_000_sampled_tokens_follow_the_model(scripted, kind, record_property
     assert setup.engine.speculative_stats.num_accepted_tokens > 10_000
     sampler = setup.engine._sampler
     kept = sampler._keep(requests[0], 12)
-    p = distribution_ref(model.table, sampler._settings, np.full(12, kept.slot), None)
+    p = distribution_ref(
+        model.table, sampler._settings, np.full(12, kept.slot), _edits([_Change()] * 12)
+    )
     expected = p.astype(float) * counts.sum(axis=1, keepdims=True)
     assert counts[expected == 0].sum() == 0 and (expected == 0).any()
     possible = expected > 0
