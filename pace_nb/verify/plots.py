@@ -40,15 +40,25 @@ def plane(result: Result) -> tuple[np.ndarray[Any, Any], tuple[str, str]]:
 MOST = 400  # cells along an edge of the map
 
 
+def shade(share: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """0 (white) to 0.3 within the bound, 0.45 to 1 (black, a million times) beyond it."""
+    with np.errstate(divide="ignore"):
+        decades = np.log10(share)
+    within = 0.3 * np.clip(1 + decades / 2, 0, 1)
+    shades: np.ndarray[Any, Any] = np.where(
+        share <= 1, within, 0.45 + 0.55 * np.clip(decades / 6, 0, 1)
+    )
+    return shades
+
+
 def map_on(axes: Any, result: Result) -> None:
-    """Share of the bound, element by element (blocks of them where there are many): dark is off."""
+    """Shares of the bound, element by element (blocks of them where there are many)."""
     share, (rows, columns) = plane(result)
     steps = [-(-n // MOST) for n in share.shape]
     for at, step in enumerate(steps):
         share = np.maximum.reduceat(share, np.arange(0, share.shape[at], step), axis=at)
-    shown = np.log10(np.clip(share, 1e-2, 1e2))
     axes.imshow(
-        shown, cmap="gray_r", vmin=-2, vmax=2, aspect="auto", interpolation="nearest",
+        shade(share), cmap="gray_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest",
         extent=(-0.5, share.shape[1] * steps[1] - 0.5, share.shape[0] * steps[0] - 0.5, -0.5),
     )  # fmt: skip
     axes.set_xlabel(columns)
@@ -72,7 +82,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         left.set_title(f"{worst.kernel}, {worst.dtype}, fault {worst.fault}", fontsize=10)
         map_on(right, worst)
         sizes = " ".join(f"{axis}={n}" for axis, n in worst.sizes.items())
-        right.set_title(f"{sizes}: share of the bound, 1 % white to 100 times black", fontsize=9)
+        right.set_title(f"{sizes}: light is within the bound, dark beyond", fontsize=9)
     try:
         figure.savefig(path, dpi=100)
     except (OSError, ValueError) as error:

@@ -190,7 +190,7 @@ def all_of(bad: Array, length: int, tile: int) -> str:
     """What the indices have in common, where it is worth a word."""
     if len(bad) == length:
         return " (all)"
-    if tile > 1 and int(bad[0]) >= length // tile * tile:
+    if 1 < tile < length and int(bad[0]) >= length // tile * tile:
         return f" (only what is left over after whole tiles of {tile})"
     return ""
 

@@ -21,7 +21,8 @@ def test_histogram_and_map_hold_the_values():
     np.testing.assert_allclose(heights, 100 * np.array(counts) / sum(counts))
     plots.map_on(right, results[0])
     shown = right.images[0].get_array()
-    np.testing.assert_allclose(shown, np.log10(np.clip(results[0].share, 1e-2, 1e2)))
+    np.testing.assert_allclose(shown, plots.shade(results[0].share))
+    assert shown.min() > 0.4  # all of it is beyond the bound
 
 
 def test_large_maps_show_the_worst_of_each_block():
@@ -30,7 +31,13 @@ def test_large_maps_show_the_worst_of_each_block():
     plots.map_on(axes, result)
     shown = axes.images[0].get_array()
     assert shown.shape[1] <= plots.MOST
-    assert shown.max() == pytest.approx(np.log10(result.worst_share), rel=1e-6)
+    assert shown.max() == pytest.approx(float(plots.shade(np.array(result.worst_share))))
+
+
+def test_shades_tell_within_from_beyond():
+    shares = np.array([0.0, 1e-3, 0.1, 1.0, 1.01, 1e3, 1e6, np.inf])
+    shades = plots.shade(shares)
+    np.testing.assert_allclose(shades, [0, 0, 0.15, 0.3, 0.4504, 0.725, 1, 1], atol=1e-3)
 
 
 def test_draw_writes_a_picture(tmp_path):
