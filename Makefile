@@ -10,7 +10,7 @@
 #   make test-interpreted  kernel tests as plain Python (NUMBA_DISABLE_JIT=1)
 #   make notebooks         execute every notebook in place, with the seconds that each took
 #   make bench             measure every kernel against the machine's limits, rewrite the README table, draw plots
-#   make docs              regenerate what is generated in the docs and check every link
+#   make docs              regenerate what is generated in the docs, check every link, build the site into site/
 #
 # PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made from.
 
@@ -86,6 +86,8 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python bench/readme_table.py
 	$(BIN)/python -m bench.plots
 
-docs: $(VENV)/.installed-test
+docs: $(VENV)/.installed-test $(VENV)/.installed-docs
 	$(BIN)/python bench/readme_table.py
-	$(PYTEST) -q tests/architecture/test_docs.py
+	$(PYTEST) -q tests/architecture/test_docs.py tests/architecture/test_site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "make: open site/index.html"

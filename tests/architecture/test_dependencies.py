@@ -47,7 +47,9 @@ def test_core_dependencies_are_these(repository):
 
 def test_extras_are_these(repository):
     extras = set(project(repository)["optional-dependencies"])
-    assert extras == {"server", "notebooks", "ray", "bench", "browser", "test", "dev", "train"}
+    assert extras == {
+        "server", "notebooks", "ray", "bench", "docs", "browser", "test", "dev", "train"
+    }  # fmt: skip
 
 
 def test_core_install_is_small(repository):
