@@ -19,6 +19,7 @@ the nav without it.
 
 from __future__ import annotations
 
+import ast
 import base64
 import html
 import json
@@ -225,8 +226,22 @@ def notebook_index() -> str:
 
 
 def kernel_page(name: str) -> str:
-    """The API of one kernel file."""
-    return f"# {name}\n\n::: pace_nb.kernels.{name}\n    options:\n      show_root_heading: false\n"
+    """The API of one kernel file, below links to the notebooks that its docstring names."""
+    docstring = ast.get_docstring(ast.parse(_kernel(name).read_text())) or ""
+    named = re.findall(r"^Notebook: (.*?)(?:Ledger:|$)", docstring, re.M)
+    numbers = re.findall(r"\b\d\d\b", " ".join(named))
+    files = [p for n in numbers for p in sorted((ROOT / "notebooks").glob(f"{n}_*.ipynb"))]
+    links = ", ".join(f"[{title(p)}](../../notebooks/{p.stem}.md)" for p in files)
+    explained = f"Explained in {links}.\n\n" if links else ""
+    source = f"[`{_kernel(name).name}`](../../{site_path(_kernel(name))})"
+    return (
+        f"# {name}\n\n{explained}The whole file: {source}\n\n"
+        f"::: pace_nb.kernels.{name}\n    options:\n      show_root_heading: false\n"
+    )
+
+
+def _kernel(name: str) -> Path:
+    return ROOT / "pace_nb" / "kernels" / f"{name}.py"
 
 
 # ---- MkDocs' events ------------------------------------------------------------------------------
@@ -255,6 +270,7 @@ def on_files(files: Any, config: Any) -> Any:
     waiting = list(_origin.values())
     waiting += [ROOT / n for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
     waiting += [ROOT / "pace_nb" / "kernels" / "README.md"]
+    waiting += [_kernel(Path(uri).stem) for uri in listed("api/kernels/*")]
     waiting += sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     done = {ROOT / "notebooks"}
     while waiting:

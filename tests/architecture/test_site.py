@@ -126,6 +126,13 @@ def test_a_page_of_a_notebook_has_its_cells_outputs_and_pictures(hook, repositor
         assert hook.title(path).startswith(path.name[:2])
 
 
+def test_a_kernel_leads_to_its_notebooks(hook):
+    page = hook.kernel_page("gemm")
+    assert "(../../notebooks/03_gemm_ladder.md)" in page and "::: pace_nb.kernels.gemm" in page
+    assert "(../../source/pace_nb/kernels/gemm.py.md)" in page
+    assert "Explained in" not in hook.kernel_page("arrays")
+
+
 def test_code_is_fenced_by_more_ticks_than_it_holds(hook):
     assert hook.fenced("a\n```\nb", "text") == "```` text\na\n```\nb\n````"
     assert hook.fenced("a", "text", "output") == "``` { .text .output }\na\n```"
