@@ -33,6 +33,9 @@ def draw(results: Path, folder: Path) -> Iterator[Path]:
             path = folder / f"{source.stem}_roofline.svg"
             if plots.roofline(record["rows"], title, path):
                 yield path
+            path = folder / f"{source.stem}_speedups.svg"
+            if plots.speedups(record["rows"], title, path):
+                yield path
         elif "engines" in record:
             path = folder / f"{source.stem}.svg"
             plots.engines(record["cases"], title, path)

@@ -108,6 +108,25 @@ def shares(rows: Sequence[Row], title: str, path: Path) -> None:
     _save(figure, path)
 
 
+def speedups(rows: Sequence[Row], title: str, path: Path) -> bool:
+    """Draw the rows that have a `curve`, a list of {"acceptance", "speedup"}: a line for each.
+
+    False, and no file, where none has.
+    """
+    drawn = [row for row in rows if row.get("curve")]
+    if not drawn:
+        return False
+    figure, axes = _figure(5)
+    for row in drawn:
+        points = [(float(one["acceptance"]), float(one["speedup"])) for one in row["curve"]]
+        axes.plot(*zip(*points, strict=True), "o-", ms=4, label=str(row["case"]))
+    axes.axhline(1, color="k", lw=1)
+    axes.set(xlabel="share of guesses that hold", ylabel="times plain decoding", title=title)
+    axes.legend(fontsize="small")
+    _save(figure, path)
+    return True
+
+
 def latencies(seconds: Sequence[float], title: str, path: Path) -> None:
     """Each iteration's latency in order, with the median: drift and outliers are seen at once."""
     figure, axes = _figure(4)
