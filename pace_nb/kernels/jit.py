@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import math
 import os
@@ -98,9 +99,22 @@ INTERPRETED: bool = bool(
 )  # NUMBA_DISABLE_JIT=1: kernels run as plain Python
 
 
+@functools.cache
+def _pool() -> tuple[Callable[[], int], Callable[[int], None]]:
+    """What reads and what sets Numba's number of threads, without the locks and checks that its
+    public functions make at each call: 2.6 us of every small kernel."""
+    numba.get_num_threads()  # starts the threads, after which the two are there
+    from numba.np.ufunc import parallel
+
+    return (
+        getattr(parallel, "_get_num_threads", numba.get_num_threads),
+        getattr(parallel, "_set_num_threads", numba.set_num_threads),
+    )
+
+
 def num_threads() -> int:
     """Threads that the next parallel region uses."""
-    return 1 if INTERPRETED else int(numba.get_num_threads())
+    return 1 if INTERPRETED else int(_pool()[0]())
 
 
 def set_num_threads(n: int) -> None:
@@ -132,11 +146,11 @@ class threads_for:
 
     def __enter__(self) -> None:
         if self._before > 1:
-            numba.set_num_threads(1)
+            _pool()[1](1)
 
     def __exit__(self, *exception: object) -> None:
         if self._before > 1:
-            numba.set_num_threads(self._before)
+            _pool()[1](self._before)
 
 
 def threading_layer() -> str:
