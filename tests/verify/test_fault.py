@@ -35,7 +35,7 @@ def planted(tmp_path_factory):
     command += ["-p", "no:cacheprovider", "--no-header", "-rN", *tests]
     environment = os.environ | {"PACE_NB_PLANTED": str(path)}
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, timeout=110
+        command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, timeout=240
     )
     assert done.returncode == 1, done.stdout + done.stderr  # some failed, and nothing else is off
     return json.loads(path.read_text())
