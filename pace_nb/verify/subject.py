@@ -131,7 +131,9 @@ def make_rope(sizes: Sizes, dtype: np.dtype[Any], rng: np.random.Generator, nan:
     exact = rope_ref(x, positions, cos, sin)
     crossed = np.abs(rope_ref(x, positions, np.zeros_like(cos), sin))  # |x_b sin| of each element
     along = np.abs(rope_ref(x, positions, cos, np.zeros_like(sin)))
-    factor = crossed + np.abs(exact) if is_fused() else 2 * crossed + along
+    # Without fma both products are rounded, and then their sum: the docstring's 2 |x_b sin| +
+    # |x_a cos| leaves out the last when the two have one sign.
+    factor = np.abs(exact) + crossed + (0 if is_fused() else along)
     bound = 2.0**-24 * factor + rounding(exact, dtype) + 1e-37
     return Case((x, positions, cos, sin), {"dtype": dtype}, exact, bound)
 
