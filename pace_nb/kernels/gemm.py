@@ -59,8 +59,7 @@ NR = 64  # columns of a panel: one cache line of pairs per vector, four vectors 
 NV = 4  # vectors of a panel
 MR = 6  # rows of a tile: 6 x 4 accumulators, 4 vectors of W and 1 of A fill 29 of the 32 registers
 # So many rows are one tile, too. It does not fit the registers, but DRAM, for which it waits, is
-# slower than spilling; a second pass over the panel, from L2, would leave DRAM idle: 1.2 times the
-# time of one row instead of 1.04 (docs/LOG.md).
+# slower than spilling; a second pass over the panel, from L2, would leave DRAM idle (ledger: gemm).
 TALL = 8
 UNEVEN = (3, 5, 7)  # rows that are one tile if there is one more, and two or three if not
 # Steps of k that a panel read once is asked for in advance: 4 KiB, where the hardware's prefetcher,
@@ -69,6 +68,7 @@ AHEAD = 16
 KC = 2048  # k per block: a panel's block is 256 KiB in BF16, a quarter of L2; read M / MR times
 # While a block meets its last rows, the next one is asked for, so that its first rows find it in
 # L2: DRAM would feed them four times slower than they compute. Earlier, A would push it out again.
+# (With 9 to 11 rows, in tiles of 6, 2 and 1, some lines are left to the hardware's prefetcher.)
 ASKING = 48
 FRACTION = 16  # bits below the point in how much of the next block has been asked for
 ONCE = -1  # a rate of asking: nobody reads this block again, and it is asked for step by step
@@ -188,8 +188,10 @@ def panel(a, a0, b, j, bias, column, c, c0, ldc, m, k, columns):
     s = per_word(a)
     steps = (k + s - 1) // s
     tall = TALL if m == TALL else MR
-    asking = min(m, ASKING)  # rows; in step with them the next block is asked for, 2 pairs a step
-    rate = ONCE if m in (1, 2, 4, MR, TALL) else (2 << FRACTION) // max(1, asking)
+    # Rows, in whole tiles from the first to the last, in step with which the next block is asked
+    # for: at each step of k the next pair of lines, and 2 pairs are a step of k.
+    asking = min(m, ASKING + (m - ASKING) % MR)
+    rate = ONCE if m <= TALL else (2 << FRACTION) // asking
     for i in range(m if bias.size else 0):
         for n in range(columns):
             c[c0 + i * ldc + n] = bias[column + n]

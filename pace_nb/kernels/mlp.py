@@ -11,8 +11,8 @@
 | H     | [M, F]           | BF16, f32 | contiguous, allocated or given as `out`                   |
 
 Moves: P F K size(W) + M K size(X) + M F size(H) bytes. G and U exist for one panel at a time, 64
-    columns each, in L2: as arrays of their own they were a quarter of a prefill's traffic, and
-    making room for them cost more than filling it (docs/LOG.md).
+    columns each, in L2: as arrays of their own they were new pages for every 256 tokens, cleared by
+    the system while the product ran (docs/LOG.md).
 Does: 2 P M F K FLOPs and an activation per element of H.
 Error: that of `gemm` in G and U (f32), then that of `activation`; a row's bits are those of the two
     kernels one after the other, and depend on that row only.
@@ -62,7 +62,10 @@ class MLPWeight(NamedTuple):
 def mlp_ref(
     x: Array, weights: Sequence[Array], kind: str, biases: Sequence[Array] | None = None
 ) -> Array:
-    """x [M, K], weights one or two [F, K], biases as many [F] -> H [M, F], float64."""
+    """x [M, K], weights one or two [F, K], biases as many [F] -> H [M, F], float64.
+
+    G and U are rounded to float32 in between, as what `activation_ref` takes.
+    """
     given = biases if biases is not None else [None] * len(weights)
     rows = np.concatenate(
         [gemm_ref(x, w, b) for w, b in zip(weights, given, strict=True)], axis=1
@@ -144,7 +147,9 @@ def mlp(x: Array, weight: MLPWeight, kind: str, out: Array | None = None) -> Arr
     gemm.check_weight("mlp", panels)
     check_kind("mlp", kind)
     require("mlp", "x", x, ("M", panels.k), (dtype,))
-    if panels.n != weight.parts * -(-n // NR) * NR or weight.bias.size not in (0, panels.n):
+    require("mlp", "weight.bias", weight.bias, (None,))
+    fits = weight.parts in (1, GATE_AND_UP) and panels.n == weight.parts * -(-n // NR) * NR
+    if not fits or weight.bias.size not in (0, panels.n):
         raise ValueError(
             f"mlp: weight of {panels.n} rows and {weight.bias.size} biases for F = {n}"
         )
@@ -165,9 +170,18 @@ def mlp(x: Array, weight: MLPWeight, kind: str, out: Array | None = None) -> Arr
         workers = jit.num_threads()
         work = np.empty(workers * m * weight.parts * NR, np.float32)
         _mlp_kernel(
-            a, panels.data, weight.bias, KINDS[kind], weight.parts, h.reshape(-1), work, workers,
-            m, n, k,
-        )  # fmt: skip
+            a,
+            panels.data,
+            np.ascontiguousarray(weight.bias),
+            KINDS[kind],
+            weight.parts,
+            h.reshape(-1),
+            work,
+            workers,
+            m,
+            n,
+            k,
+        )
     if m_pad:
         out[...] = h[: len(x)]
     return out

@@ -10,7 +10,7 @@
 | Q     | [T, H, D]   | BF16, f32 | contiguous; what attention multiplies K with       |
 | pool  |             |           | `kv_write.py`                                      |
 
-Moves: T D (H + 2 KVH) (4 + size(pool)) bytes.
+Moves: T D (H + 2 KVH) (4 + size(pool)) bytes, and rotated keys on their way, which stay in L2.
 Does: 3 T R (H + KVH) FLOPs. Bound by memory, and for few tokens by being called: one launch where
     rotating q, rotating k and writing were three, each with its checks.
 Error: that of `rope`, rounded to storage once; a row's bits are those of `rope`, then `kv_write`.
@@ -56,10 +56,10 @@ def _rope_kv_write_kernel(
     q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, positions, cos, sin, half, interleaved,
     queries, keys, pool_k, pool_v, tokens, heads, kv_heads, d, dp, s, in_pool, units, rows
 ):  # fmt: skip
-    # One unit of one head per task, as in kv_write.py, then the query heads of one token per task.
+    # One unit of one head per task, as in kv_write.py, then a token's query heads of one key head.
     # `keys` [T, KVH, D] holds rotated keys on their way; a task reads what it wrote itself.
-    writes = units * kv_heads
-    for task in prange(writes + tokens):
+    writes, group = units * kv_heads, heads // kv_heads
+    for task in prange(writes + tokens * kv_heads):
         if task < writes:
             i, h = task // kv_heads, task % kv_heads
             unit, slot, end, t = rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]
@@ -70,8 +70,8 @@ def _rope_kv_write_kernel(
             write_keys(keys, (t * kv_heads + h) * d, row, pool_k, p * d, slot, end, d, s)
             write_values(v, t * v_row + h * v_head, v_row, pool_v, p * dp, slot, end, d, dp, s)
         else:
-            t = task - writes
-            for h in range(heads):
+            t, first = (task - writes) // kv_heads, (task - writes) % kv_heads * group
+            for h in range(first, first + group):
                 c0, x0, y0 = positions[t] * half, t * q_row + h * q_head, (t * heads + h) * d
                 rotate_head(q, x0, cos, sin, c0, half, interleaved, queries, y0, d)
 
@@ -90,14 +90,16 @@ def rope_kv_write(
     kv_heads, d, s = check_rows(name, k, v, pool, planned)
     tokens = len(k)
     require(name, "q", q, (tokens, "H", d))
-    require(name, "k", k, k.shape)
+    require(name, "k", k, k.shape)  # float32, whatever the pool holds
     require(name, "v", v, k.shape)
+    if q.shape[1] % kv_heads:
+        raise ValueError(f"{name}: q has {q.shape[1]} heads, expected a multiple of {kv_heads}")
     check_rotation(name, rotation, tokens, d)
     queries = np.empty(q.shape, pool.k.dtype)
     if jit.use_reference():
         queries[...] = narrow(rope_kv_write_ref(q, k, v, rotation, pool, planned), queries.dtype)
         return queries
-    with jit.threads_for(4 * q.nbytes):
+    with jit.threads_for(4 * q.nbytes):  # some arithmetic goes with the bytes
         _rope_kv_write_kernel(
             *flat_heads(q),
             *flat_heads(k),

@@ -68,10 +68,10 @@ class Step:
             kernel: np.array([i for i, name in enumerate(chosen) if name == kernel], np.int64)
             for kernel in get_args(Kernel)
         }
-        # By view: layers that see equally far have one, the same object (`KVCache.view`).
         # For layers whose positions enter elsewhere or nowhere: tables of no angles.
         none = np.empty((1, 0), np.float32)
         self.unturned = rope.rotation(none, none, np.zeros(len(batch.token_ids), np.int64))
+        # By view: layers that see equally far have one, the same object (`KVCache.view`).
         self._writes: dict[int, kv_write.WritePlan] = {}
         self._calls: dict[tuple[int, ...], Calls] = {}
 

@@ -10,10 +10,11 @@ import pytest
 from numpy.typing import NDArray
 
 from pace_nb.kernels import gemm as gemm_module
-from pace_nb.kernels import jit
+from pace_nb.kernels import jit, mlp, moe
 from pace_nb.kernels.bf16 import from_f32, widen
 from pace_nb.kernels.gemm import (
     KC,
+    NR,
     PackedWeight,
     gather_rows,
     gemm,
@@ -221,6 +222,20 @@ def test_bad_input_names_the_argument(arguments: Any, message: str) -> None:
         gemm(*arguments)
 
 
+def test_out_must_be_writable() -> None:
+    out = np.zeros((2, 3), np.float32)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="gemm: out is not a contiguous, writable array"):
+        gemm(X, W, out=out)
+
+
+def test_lanes_of_panels_do_not_meet() -> None:
+    with pytest.raises(ValueError, match="pack_rows: lane 1 of 2 in a weight of 192 rows"):
+        pack_rows(new_weight(192, 8, np.float32), 95, np.zeros((1, 8), np.float32), lane=1, lanes=2)
+    with pytest.raises(ValueError, match="pack_rows: lane 2 of 2"):
+        pack_rows(new_weight(128, 8, np.float32), 0, np.zeros((1, 8), np.float32), lane=2, lanes=2)
+
+
 def test_out_may_not_overlap_x() -> None:
     square = np.zeros((8, 8), np.float32)
     with pytest.raises(ValueError, match="gemm: out shares memory with x"):
@@ -240,19 +255,59 @@ def test_bad_ids_and_parts() -> None:
     jit.INTERPRETED or not {"avx512f", "avx512bf16"} <= jit.cpu_features(),
     reason="the CPU has no vdpbf16ps",
 )
-def test_assembly_has_the_dot_product_and_no_spills() -> None:
-    x = np.zeros((2, 64), np.uint16)
-    gemm(x, pack_weight(np.zeros((64, 64), np.uint16)))
-    assembly = jit.assembly(gemm_module._gemm_kernel)
+@pytest.mark.parametrize("name", ["gemm", "mlp", "moe"])
+def test_assembly_has_the_dot_product_and_no_spills(name: str) -> None:
+    x, w = np.zeros((2, 64), np.uint16), np.zeros((64, 64), np.uint16)
+    if name == "gemm":
+        gemm(x, pack_weight(w))
+        kernel = gemm_module._gemm_kernel
+    elif name == "mlp":
+        mlp.mlp(x, mlp.new_mlp_weight(64, 64, np.uint16, gated=True), "silu")
+        kernel = mlp._mlp_kernel
+    else:
+        moe.grouped_gemm(x, moe.pack_experts([w]), np.array([0, 2]))
+        kernel = moe._grouped_gemm_kernel
+    assembly = jit.assembly(kernel)
     inner = [line for line in assembly.splitlines() if "vdpbf16ps" in line]
     assert len(inner) >= 24 and all("zmm" in line for line in inner)
     spilled, kept = [], []  # dot products of the loops over k
     for block in re.split(r"^\.?\w+:", assembly, flags=re.M):
         if (dots := block.count("vdpbf16ps")) >= 4:
-            spills = re.search(r"zmm.*\(%r[sb]p|\(%r[sb]p.*zmm", block)
+            spills = re.search(r"\(%rsp\).*zmm|zmm.*\(%rsp\)", block)
             (spilled if spills else kept).append(dots)
     assert 4 * gemm_module.MR in kept
     assert set(spilled) <= {4 * gemm_module.TALL}, "a spilled accumulator"
+
+
+@pytest.mark.skipif(not jit.INTERPRETED, reason="looks at what is asked for, interpreted")
+@pytest.mark.parametrize("m", [9, 12, 48, 49, 64, 100, 128])
+def test_the_next_block_is_asked_for(monkeypatch: pytest.MonkeyPatch, m: int) -> None:
+    asked: set[int] = set()
+    monkeypatch.setattr(gemm_module, "prefetch", lambda b, at: asked.add(at // 32))
+    k = 64
+    gemm(np.zeros((m, k), np.uint16), pack_weight(np.zeros((NR, k), np.uint16)))
+    lines = NR * k // 32  # of a panel, 64 bytes each
+    missing = set(range(lines, 2 * lines)) - asked
+    assert len(missing) <= (0.2 * lines if m < 12 else 2)
+
+
+@pytest.mark.skipif(not jit.INTERPRETED, reason="looks at what is asked for, interpreted")
+@pytest.mark.parametrize("m", [1, 3, 6, 8])
+def test_a_block_that_is_read_once_is_asked_for_step_by_step(
+    monkeypatch: pytest.MonkeyPatch, m: int
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(gemm_module, "prefetch_once", lambda b, at: asked.append(at // 32))
+    k = 64
+    gemm(np.zeros((m, k), np.uint16), pack_weight(np.zeros((NR, k), np.uint16)))
+    first, lines = gemm_module.AHEAD * NR * 2 // 32, NR * k // 32
+    assert asked == list(range(first, first + lines))  # one pass: 3 rows are 4
+
+
+def test_uneven_rows_are_one_tile() -> None:
+    for m in range(9):
+        _, added, _ = gemm_module.padded(np.zeros((m, 4), np.uint16))
+        assert added == (m in (3, 5, 7))
 
 
 @pytest.mark.parametrize("m", range(1, 26))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pace_nb.kernels import jit
 from pace_nb.kernels.activation import activation, gated_activation
 from pace_nb.kernels.bf16 import from_f32, widen
-from pace_nb.kernels.gemm import gemm, pack_weight, pack_weights
+from pace_nb.kernels.gemm import KC, gemm, pack_weight, pack_weights
 from pace_nb.kernels.mlp import (
     mlp,
     mlp_ref,
@@ -45,7 +45,9 @@ def case(m: int, f: int, k: int, dtype: Any, parts: int, biased: bool) -> tuple[
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
-    ("m", "f", "k"), [(1, 1, 1), (1, 64, 2), (3, 65, 15), (8, 130, 33), (25, 200, 16)]
+    ("m", "f", "k"),
+    [(1, 1, 1), (1, 64, 2), (3, 65, 15), (8, 130, 33), (25, 200, 16)]
+    + ([] if jit.INTERPRETED else [(8, 70, KC + 7)]),
 )
 def test_bits_of_product_then_activation(m, f, k, dtype, parts, biased):
     x, weight, weights, biases = case(m, f, k, dtype, parts, biased)
@@ -91,6 +93,17 @@ def test_a_row_does_not_depend_on_the_batch_or_threads(m):
         jit.set_num_threads(before)
 
 
+def test_strided_rows_and_read_only_out():
+    x, weight, _, _ = case(9, 70, 48, np.uint16, 2, False)
+    wide = np.repeat(x, 2, axis=1)[:, ::2]
+    assert not wide.flags.c_contiguous
+    np.testing.assert_array_equal(mlp(wide, weight, "silu"), mlp(x, weight, "silu"))
+    out = np.zeros((9, 70), np.uint16)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="mlp: out is not a contiguous, writable array"):
+        mlp(x, weight, "silu", out)
+
+
 def test_no_rows_is_fine():
     _, weight, _, _ = case(1, 5, 4, np.float32, 2, False)
     assert mlp(np.zeros((0, 4), np.float32), weight, "relu").shape == (0, 5)
@@ -121,6 +134,13 @@ X = np.zeros((2, 4), np.float32)
         ((X, W, "silu", np.zeros((2, 5), np.uint16)), "out has dtype uint16, expected float32"),
         ((X, W._replace(n=65), "silu"), "weight of 128 rows and 0 biases for F = 65"),
         ((X, W._replace(parts=1), "silu"), "weight of 128 rows"),
+        ((X, W._replace(parts=4, n=20), "silu"), "weight of 128 rows"),
+        (
+            (X, W._replace(panels=W.panels._replace(data=W.panels.data[:-1])), "silu"),
+            r"weight.data has shape \(511,\), expected \(512\)",
+        ),
+        ((X, W, "silu", np.zeros((2, 10), np.float32)[:, ::2]), "out is not a contiguous"),
+        ((X, W._replace(bias=np.zeros(128)), "silu"), "weight.bias has dtype float64"),
         ((X, W._replace(bias=np.zeros(5, np.float32)), "silu"), "weight of 128 rows and 5 biases"),
     ],
 )

@@ -15,7 +15,7 @@ from pace_nb.kernels.rope_kv_write import rope_kv_write
 
 DTYPES = [np.uint16, np.float32]
 TABLE = np.array([[3, 0], [1, 4]])
-CONTEXTS, CU = np.array([20, 5], np.int32), np.array([0, 18, 19], np.int32)  # two spans of rows
+CONTEXTS, CU = np.array([21, 5], np.int32), np.array([0, 18, 19], np.int32)  # from an odd slot on
 TOKENS, HEADS, KV_HEADS = 19, 6, 2
 
 
@@ -40,6 +40,8 @@ def planned(pool: kv_write.KVPool) -> kv_write.WritePlan:
 def test_bits_of_rope_then_kv_write(d, half, dtype, interleaved, mode):
     q, k, v, cos, sin, positions = case(d, half)
     apart, fused = (new_pool(5, KV_HEADS, d, dtype) for _ in range(2))
+    for pool in (apart, fused):  # what is there already stays
+        pool.k[...] = pool.v[...] = 1
     with jit.using(mode):
         tables = positions, cos, sin
         want = rope(q, *tables, interleaved=interleaved, dtype=dtype)
@@ -50,7 +52,7 @@ def test_bits_of_rope_then_kv_write(d, half, dtype, interleaved, mode):
     np.testing.assert_array_equal(queries, want)
     np.testing.assert_array_equal(fused.k, apart.k)
     np.testing.assert_array_equal(fused.v, apart.v)
-    assert np.any(fused.k) and np.any(fused.v)
+    assert np.any(fused.k != 1) and np.any(fused.v != 1)
 
 
 def test_threads_and_nan():
@@ -86,6 +88,19 @@ TURNS, PLAN = rotation(COS, SIN, POSITIONS), planned(POOL)
         ((Q, K[:, :1], V, TURNS, POOL, PLAN), r"k has shape \(19, 1, 24\), expected \(T, 2, 24\)"),
         ((Q, K, V[:-1], TURNS, POOL, PLAN), r"v has shape \(18, 2, 24\)"),
         ((Q.astype(np.float64), K, V, TURNS, POOL, PLAN), "q has dtype float64, expected float32"),
+        ((Q[:, :5], K, V, TURNS, POOL, PLAN), "q has 5 heads, expected a multiple of 2"),
+        (
+            (Q, K, V, TURNS, new_pool(4, KV_HEADS, 24, np.float32), PLAN),
+            "19 tokens and a pool of 4 units, planned 19 and 5",
+        ),
+        (
+            (Q, K.astype(np.uint16), V, TURNS, new_pool(5, KV_HEADS, 24, np.uint16), PLAN),
+            "k has dtype uint16, expected float32",
+        ),
+        (
+            (Q, K, V.astype(np.uint16), TURNS, new_pool(5, KV_HEADS, 24, np.uint16), PLAN),
+            "v has dtype uint16, expected float32",
+        ),
         ((Q[1:], K[1:], V[1:], TURNS, POOL, PLAN), "18 tokens and a pool of 5 units, planned 19"),
         ((Q, K, V, rotation(COS, SIN, POSITIONS[1:]), POOL, PLAN), "rotation of 18 tokens"),
         (
@@ -105,3 +120,12 @@ def test_positions_beyond_the_tables():
         rotation(COS, SIN, np.array([0, 32]))
     with pytest.raises(ValueError, match="rope: positions holds -1, expected 0 to 31"):
         rotation(COS, SIN, np.array([-1], np.int32))
+
+
+def test_a_rotation_is_a_copy_of_what_was_checked():
+    positions = np.zeros(3, np.int64)
+    wide = np.repeat(COS, 2, axis=1)[:, ::2]
+    turns = rotation(wide, SIN, positions)
+    positions[0] = 99
+    assert turns.rows[0] == 0 and turns.cos.flags.c_contiguous
+    np.testing.assert_array_equal(turns.cos, COS)
