@@ -11,9 +11,10 @@ Guesses are handed out one by one, the most promising first, for as long as the 
 does not come out above B / (t0 + t1 B), which is the rate without guesses, nobody gets any: that is
 so where many requests run, as a step is then bound by arithmetic and each row has its price.
 
-What is never done is never measured. So every PROBE_EVERY steps guesses are made all the same, one
-for each request if no more are promising, and better times are noticed. And steps of one number of
-rows do not tell what a row costs: after some of them a step goes without guesses.
+What is never done is never measured. So after some steps without guesses, 4, then 8, at last always
+PROBE_EVERY, they are made all the same, one for each request if no more are promising, and better
+times are noticed: the first ones of a process, with caches cold, are no guide. And steps of one
+number of rows do not tell what a row costs: after some of them a step goes without guesses.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 
 from pace_nb.engine.request import Request
 
+FIRST_PROBE = 4
 PROBE_EVERY = 64
 COST_DECAY = 0.95  # of a step's weight in the fit, per step after it: the last 20 count
 LUCK_DECAY = 0.9  # of a verification's weight in a request's acceptance: the last 10 count
@@ -91,7 +93,8 @@ class DraftLengths:
         self.target, self.draft = LinearCost(), LinearCost()
         self._all = _Luck()
         self._each: dict[Request, _Luck] = {}
-        self._num_steps = 0
+        self._rested = 0  # steps without guesses, since they were last made
+        self._rest = FIRST_PROBE  # so many, and they are tried again
 
     def verified(self, request: Request, num_drafted: int, num_accepted: int) -> None:
         """The first `num_accepted` of a request's guesses held."""
@@ -112,7 +115,6 @@ class DraftLengths:
 
     def choose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[int]:
         """How many guesses each gets, at most `limits[i]`."""
-        self._num_steps += 1
         if not self.target.known:
             return [min(limit, max(1, TRIED // len(limits))) for limit in limits]
         gains = []
@@ -132,9 +134,12 @@ class DraftLengths:
             tokens, seconds = tokens + gain, seconds + per_row
             chosen[index] += 1
         if tokens * plain <= num * seconds:  # they do not pay
-            if self._num_steps % PROBE_EVERY:
+            self._rested += 1
+            if self._rested < self._rest:
                 return [0] * num
+            self._rested, self._rest = 0, min(2 * self._rest, PROBE_EVERY)
             return chosen if any(chosen) else [min(limit, 1) for limit in limits]
+        self._rested, self._rest = 0, FIRST_PROBE
         if not self.target.varied:
             return [0] * num
         return chosen
