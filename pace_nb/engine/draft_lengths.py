@@ -139,7 +139,7 @@ class DraftLengths:
                 return [0] * num
             self._rested, self._rest = 0, min(2 * self._rest, PROBE_EVERY)
             return chosen if any(chosen) else [min(limit, 1) for limit in limits]
-        self._rested, self._rest = 0, FIRST_PROBE
+        self._rested = 0
         if not self.target.varied:
             return [0] * num
         return chosen
