@@ -2,8 +2,8 @@
 
 A compiled kernel cannot be watched. But every lane operation has a NumPy body, so the same source
 runs interpreted: here each compiled function is replaced by the Python function it was made from,
-each operation of `pace_nb.kernels.lanes` by one that counts and then runs its NumPy body, and each
-array argument by a view that counts the elements read and written one by one.
+each operation with two bodies by one that counts and then runs its NumPy body, and each array
+argument by a view that counts the elements read and written one by one.
 
 Counted are instructions as the source says them. Moves between registers are free (`splat`,
 `bits`), so are prefetches, and so is arithmetic on indices. Interpreted runs are some 10,000 times
@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 
 from nblib.show import Table
-from pace_nb.kernels import lanes
-from pace_nb.kernels.lanes import W
+from pace_nb.kernels.llvm_body import W
 
 Array = np.ndarray[Any, Any]
 
@@ -174,7 +173,7 @@ class _Memory(np.ndarray):
             self.counts._touch(self, self._place(index), self.itemsize)
 
 
-# ---- what each operation of lanes.py counts as ---------------------------------------------------
+# ---- what each operation counts as ---------------------------------------------------------------
 def _words(x: Array) -> int:
     return 4 // x.itemsize
 
@@ -267,7 +266,8 @@ _FREE = {
     "splat", "iota", "bits", "from_bits", "per_word", "tile_zeros", "prefetch", "prefetch_once",
     "no_weights",
 }  # fmt: skip
-_VOCABULARY = {"pace_nb.kernels.lanes", "pace_nb.kernels.integer_lanes"}
+_LANES = ("lanes", "words", "tiles", "mxfp4_lanes", "integer_lanes")
+_VOCABULARY = {f"pace_nb.kernels.{name}" for name in _LANES}
 _AS_IT_IS = {"pace_nb.kernels.jit", "pace_nb.kernels.arrays"}
 
 
@@ -400,5 +400,5 @@ def show_counts(
     return Table(["", *(_COLUMNS[c] for c in columns)], rows, caption)
 
 
-if lanes.W != 16:
+if W != 16:
     raise ImportError("nblib.counting: its FLOPs are for vectors of 16 lanes")

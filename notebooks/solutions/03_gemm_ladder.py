@@ -1,6 +1,6 @@
 """Solutions of notebooks/03_gemm_ladder.ipynb, and likely mistakes that its checks must refuse."""
 
-from pace_nb.kernels.lanes import tile_dot, tile_load, tile_store, tile_zeros
+from pace_nb.kernels.tiles import tile_dot, tile_load, tile_store, tile_zeros
 
 
 def packed_offset(n, k, num_inputs):

@@ -2,7 +2,7 @@
 
 import math
 
-from pace_nb.kernels.lanes import tile_dot, tile_store, tile_zeros
+from pace_nb.kernels.tiles import tile_dot, tile_store, tile_zeros
 
 
 def ridge_rows(peak, rate, n, k):

@@ -41,12 +41,12 @@ from pace_nb.engine.request import Request
 from pace_nb.engine.scheduler import Scheduled
 from pace_nb.engine.stopping import ending_token_ids
 from pace_nb.kernels import jit
+from pace_nb.kernels.logit_edits import Edits
 from pace_nb.kernels.logprobs import Logprobs, token_logprobs
 from pace_nb.kernels.sampling import (
     NEUTRAL,
     NUM_SETTINGS,
     Drawn,
-    Edits,
     distribution,
     greedy,
     sample,

@@ -40,16 +40,7 @@ from pace_nb.kernels import jit
 from pace_nb.kernels.arrays import STORAGE, Array, flat_rows, require, writable
 from pace_nb.kernels.bf16 import narrow, widen
 from pace_nb.kernels.exp import exp, exp_ref, normal_cdf, normal_cdf_ref
-from pace_nb.kernels.lanes import (
-    fma,
-    load,
-    load_tail,
-    maximum,
-    minimum,
-    splat,
-    store,
-    store_tail,
-)
+from pace_nb.kernels.lanes import fma, load, load_tail, maximum, minimum, splat, store, store_tail
 
 
 # ---- definitions ---------------------------------------------------------------------------------

@@ -46,21 +46,20 @@ from pace_nb.kernels.bf16 import widen
 from pace_nb.kernels.exp import exp
 from pace_nb.kernels.kv_write import UNIT, KVPool, kv_gather_ref
 from pace_nb.kernels.lanes import (
-    first_of_words,
     fma,
     keep_lanes,
     load,
     load_tail,
     maximum,
-    per_word,
     prefetch,
     reduce_add,
     reduce_max,
-    second_of_words,
     splat,
     store,
     store_operand,
     store_tail,
+)
+from pace_nb.kernels.tiles import (
     tile_dot,
     tile_dot_apart,
     tile_load,
@@ -68,6 +67,7 @@ from pace_nb.kernels.lanes import (
     tile_store,
     tile_zeros,
 )
+from pace_nb.kernels.words import first_of_words, per_word, second_of_words
 
 # ---- constants -----------------------------------------------------------------------------------
 # Units of a key block: 6 rows x 4 vectors of scores, 4 of keys and 1 of q fill 29 registers of 32.

@@ -11,6 +11,8 @@ Notebook: 02 bf16. Ledger: lanes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,6 +34,16 @@ def from_f32(x: Array) -> NDArray[np.uint16]:
     rounded = (u + (np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
     quiet = (u >> np.uint32(16)) | np.uint32(0x40)
     return np.where(np.isnan(x), quiet, rounded).astype(np.uint16).reshape(x.shape)
+
+
+def as_f32(x: Array) -> NDArray[np.float32]:
+    """Storage (uint16 as BF16, or float32) to float32; float32 is given back itself."""
+    return to_f32(x) if x.dtype == np.uint16 else x.astype(np.float32, copy=False)
+
+
+def as_stored(x: NDArray[np.float32], dtype: np.dtype[Any]) -> Array:
+    """float32 to storage: itself, or BF16 bits where `dtype` is uint16."""
+    return from_f32(x) if dtype == np.uint16 else x
 
 
 def widen(x: Array) -> NDArray[np.float64]:

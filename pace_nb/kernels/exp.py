@@ -10,8 +10,8 @@
 | y     | [16]  | f32x16 | one register |
 
 Moves: nothing, operands are registers.
-Does: exp 21 operations per vector, 10 of them fma or mul; sigmoid 3 more, normal_cdf 21 more, one a
-    division each.
+Does: exp 13 operations per vector, 8 of them fma: 21 FLOPs per element. sigmoid 3 more, normal_cdf
+    22 more (33 FLOPs), one a division each.
 Error: exp within 1 ULP (polynomial 3.2e-9 relative, the rest is rounding; 1.5 ULP without fma),
     denormal results too. r is exact but for its last rounding: ln 2 is split so that n times its
     upper part needs 17 bits. sigmoid within 2.5 ULP. normal_cdf within 8 ULP in both tails (R is

@@ -43,16 +43,10 @@ from numpy.typing import DTypeLike
 from pace_nb.kernels import jit
 from pace_nb.kernels.arrays import STORAGE, Array, contiguous, in_range, require, writable
 from pace_nb.kernels.bf16 import narrow, widen
-from pace_nb.kernels.lanes import (
-    per_word,
-    prefetch,
-    prefetch_once,
-    tile_dot,
-    tile_load_tail,
-    tile_store_tail,
-    tile_zeros,
-)
+from pace_nb.kernels.lanes import prefetch, prefetch_once
 from pace_nb.kernels.memory import zeros
+from pace_nb.kernels.tiles import tile_dot, tile_load_tail, tile_store_tail, tile_zeros
+from pace_nb.kernels.words import per_word
 
 # ---- constants -----------------------------------------------------------------------------------
 NR = 64  # columns of a panel: one cache line of pairs per vector, four vectors per step of k

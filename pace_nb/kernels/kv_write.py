@@ -42,15 +42,9 @@ from numpy.typing import DTypeLike
 from pace_nb.kernels import jit
 from pace_nb.kernels.arrays import STORAGE, Array, ascends, flat_heads, in_range, require, writable
 from pace_nb.kernels.bf16 import narrow, widen
-from pace_nb.kernels.lanes import (
-    copy_word,
-    first_of_words,
-    load,
-    load_tail,
-    splat,
-    store_words,
-)
+from pace_nb.kernels.lanes import load, load_tail, splat
 from pace_nb.kernels.memory import zeros
+from pace_nb.kernels.words import copy_word, first_of_words, store_words
 
 INTEGERS = (np.int32, np.int64)
 # Tokens in a unit: a vector of scores is 16 keys, and 8 pairs of values feed 8 dot products.

@@ -32,7 +32,8 @@ from numpy.typing import DTypeLike
 from pace_nb.kernels import jit
 from pace_nb.kernels.arrays import STORAGE, Array, require
 from pace_nb.kernels.bf16 import widen
-from pace_nb.kernels.lanes import load, reduce_add, splat, store, tile_dot, tile_store, tile_zeros
+from pace_nb.kernels.lanes import load, reduce_add, splat, store
+from pace_nb.kernels.tiles import tile_dot, tile_store, tile_zeros
 
 TURNS = 1 << 18  # turns of one measurement, 24 dot products each: about 1 ms
 STREAMED = 1 << 28  # bytes that `dram_read_rate` reads by default: eight times a 32 MiB L3

@@ -17,7 +17,7 @@ Device functions that sampling.py and logprobs.py share, and the definitions the
 
 Moves: 4 V bytes for the largest, again for the weights of a whole row; what reaches a bound is
     looked for only in blocks whose peaks reach it.
-Does: 2 operations per vector for the largest, about 32 for weights.
+Does: 2 operations per vector for the largest, 25 for weights.
 Error: none but that of the weights: comparisons and integers are exact.
 Cautions: where there may be a NaN, ask `largest_of`; the other functions must not be given any. -0
     and 0 are one logit.

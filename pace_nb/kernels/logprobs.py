@@ -15,7 +15,7 @@
 | largest  | [R]    | f32   | largest logit; NaN if the row holds any                            |
 
 Moves: 12 R V bytes, the second and third time from the caches where a row fits them.
-Does: about 36 operations per 16 logits, nearly all for weights. The likeliest are found among the
+Does: about 29 operations per 16 logits, 25 of them for weights. The likeliest are found among the
     few logits that reach the n-th largest peak (logit_rows.py); only n of them are sorted.
 Error: |y - ref| <= 2^-21 + 2^-23 |ref|: a sum of weights is within 2^-22 relative, what is cut
     off below 2^-40 of the largest comes to 2^-20 of V = 2^20 tokens at most (2^-23 at 128k).

@@ -40,17 +40,9 @@ from pace_nb.kernels import jit
 from pace_nb.kernels.arrays import Array, contiguous, require
 from pace_nb.kernels.bf16 import narrow, to_f32
 from pace_nb.kernels.gemm import NR
-from pace_nb.kernels.lanes import (
-    MXFP4_TABLE,
-    mxfp4_exponents,
-    mxfp4_pairs,
-    tile_dot_pairs,
-    tile_load,
-    tile_store,
-    tile_store_tail,
-    tile_zeros,
-)
 from pace_nb.kernels.moe import check_offsets, grouped_gemm_ref, pad_bias
+from pace_nb.kernels.mxfp4_lanes import MXFP4_TABLE, mxfp4_exponents, mxfp4_pairs
+from pace_nb.kernels.tiles import tile_dot_pairs, tile_load, tile_store, tile_store_tail, tile_zeros
 
 BLOCK = 32  # weights of one row that share a scale
 LOWEST, HIGHEST = 2, 252  # scales whose products with every code are normal BF16 numbers

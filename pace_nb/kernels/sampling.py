@@ -2,9 +2,8 @@
 
     greedy           the largest logit, of equal ones the lowest id
     sample           a row of logits becomes a token in this order (vLLM's):
-        1. mask: tokens whose bit is 0 to -inf;  add: l += a (a bias, or -inf for a banned token)
-        2. repetition r on tokens of prompt and output:  l / r where l > 0, else l * r
-           frequency f, presence p on tokens of the output:  l - f * count, then - p
+        1. mask, then bias and bans   (logit_edits.py)
+        2. penalties on tokens seen   (logit_edits.py)
         3. temperature 0: the largest l, of equal ones the lowest id; done
         4. x = (l - largest) / temperature;  weight = floor(2^40 e^x), an integer
         5. min_p:  keep where x >= log(min_p)
@@ -16,8 +15,8 @@
     sample_residual  the first id where the sum of max(p - q, 0) exceeds u times its total; of p
                      where q leaves nothing
 
-u is a multiple of 2^-53 in [0, 1): the upper 53 bits of the first word of Philox4x64-10, keyed by
-the request's seed, at counter (position + 1, stream, 0, 0), as NumPy draws it. It needs no state.
+u is a multiple of 2^-53 in [0, 1): the upper 53 bits of a word of Philox, keyed by the request's
+seed, at its output position (philox.py). It needs no state.
 
 | Array     | Shape      | Type    | Layout                                                        |
 |-----------|------------|---------|---------------------------------------------------------------|
@@ -33,7 +32,7 @@ the request's seed, at counter (position + 1, stream, 0, 0), as NumPy draws it. 
 
 Moves: greedy 4 R V bytes. sample the same again for temperature alone or top_p alone (weights of
     the whole row), nothing more for top_k and min_p, and a copy of the rows that have edits.
-Does: greedy 2 operations per 16 logits. A row of weights 32 per 16, then what is kept only: no
+Does: greedy 2 operations per 16 logits. A row of weights 25 per 16, then what is kept only: no
     sort, the thresholds of top_k and top_p come from histograms of digits.
 Error: none: the arithmetic above is exact or rounded where it says so, and the references give the
     same token. Against p in real numbers each weight is within 2^-22 relative and 2^-40 of the
@@ -41,7 +40,7 @@ Error: none: the arithmetic above is exact or rounded where it says so, and the 
 Cautions: a row with a NaN, with +inf, or with nothing but -inf has no token: `largest` says which,
     and no other row notices. What weighs less than 2^-40 of the likeliest is never drawn. V is at
     most 2^22. Rows are independent: the same bits in any batch, for any number of threads.
-Source: vLLM v1 `vllm/v1/sample/`; Salmon et al. 2011 (Philox); Leviathan et al. 2023 (residual).
+Source: vLLM v1 `vllm/v1/sample/`; Leviathan et al. 2023 (residual).
     Re-implements PACE `pace/llm/sampler.py`, which sorts the vocabulary.
 Notebook: 18 sampling. Ledger: sampling.
 """
@@ -55,7 +54,7 @@ import numpy as np
 from numba import prange
 
 from pace_nb.kernels import jit
-from pace_nb.kernels.arrays import Array, ascends, contiguous, flat_rows, in_range, require
+from pace_nb.kernels.arrays import Array, contiguous, flat_rows, in_range, require
 from pace_nb.kernels.integer_lanes import (
     MOST_WEIGHTS,
     ONE,
@@ -66,6 +65,7 @@ from pace_nb.kernels.integer_lanes import (
     sum_weights,
 )
 from pace_nb.kernels.lanes import load_tail, maximum, splat, store
+from pace_nb.kernels.logit_edits import Edits, check_edits, edit, edited_ref
 from pace_nb.kernels.logit_rows import (
     BLOCK,
     DIGITS,
@@ -82,48 +82,13 @@ from pace_nb.kernels.logit_rows import (
     weigh_row,
     weight_at,
 )
+from pace_nb.kernels.philox import philox, philox_ref, share_of
 
 # Columns of `settings`. top_k 0, top_p 1, log_min_p -inf, repetition 1, frequency and presence 0
 # are off; temperature 0 is greedy. Temperature, log_min_p and penalties are used as f32.
 TEMPERATURE, TOP_K, TOP_P, LOG_MIN_P, REPETITION, FREQUENCY, PRESENCE = range(7)
 NUM_SETTINGS = 7
 NEUTRAL = (1.0, 0.0, 1.0, -np.inf, 1.0, 0.0, 0.0)
-
-
-class Edits(NamedTuple):
-    """What rows change in their logits before anything is drawn. Row r has the entries of its
-    ranges add_starts[r] : add_starts[r + 1] and seen_starts[r] : seen_starts[r + 1].
-
-    masks: int32[K, ceil(V / 32)]; bit i % 32 of word i // 32 says whether token i may be drawn.
-    mask_rows: int64[R], which of masks; -1 is none.
-    add_ids, add_values: int64, f32; a row names an id once per value added to it.
-    seen_ids, seen_counts: int64; tokens of prompt and output, each id once per row, and how often
-    it is in the output.
-    """
-
-    masks: Array
-    mask_rows: Array
-    add_starts: Array
-    add_ids: Array
-    add_values: Array
-    seen_starts: Array
-    seen_ids: Array
-    seen_counts: Array
-
-    @classmethod
-    def none(cls, rows: int) -> Edits:
-        """No row changes anything."""
-        nothing, starts = np.zeros(0, np.int64), np.zeros(rows + 1, np.int64)
-        return cls(
-            np.zeros((0, 0), np.int32),
-            np.full(rows, -1, np.int64),
-            starts,
-            nothing,
-            np.zeros(0, np.float32),
-            starts,
-            nothing,
-            nothing,
-        )
 
 
 class Drawn(NamedTuple):
@@ -142,47 +107,10 @@ def greedy_ref(logits: Array) -> tuple[Array, Array]:
     return tokens, largest
 
 
-def philox_ref(seed: int, position: int, stream: int = 0) -> int:
-    """First word of Philox4x64-10 as published, in whole numbers."""
-    words, keys = [position + 1, stream, 0, 0], [seed, 0]
-    for _ in range(10):
-        left, right = words[0] * 0xD2E7470EE14C6C93, words[2] * 0xCA5A826395121157
-        words = [
-            right >> 64 ^ words[1] ^ keys[0],
-            right & (2**64 - 1),
-            left >> 64 ^ words[3] ^ keys[1],
-            left & (2**64 - 1),
-        ]
-        keys = [
-            (key + step) & (2**64 - 1)
-            for key, step in zip(keys, (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B), strict=True)
-        ]
-    return words[0]
-
-
 def uniform_bits_ref(seeds: Array, positions: Array, stream: int = 0) -> Array:
     """uint64[R]: `philox_ref` of each pair."""
     pairs = zip(seeds.tolist(), positions.tolist(), strict=True)
     return np.array([philox_ref(*pair, stream) for pair in pairs], np.uint64)
-
-
-def edited_ref(row: Array, settings: Array, edits: Edits, r: int) -> Array:
-    """Steps 1 and 2 on a copy of row r."""
-    row = row.copy()
-    if edits.mask_rows[r] >= 0:
-        words = np.ascontiguousarray(edits.masks[edits.mask_rows[r]]).view(np.uint8)
-        row[np.unpackbits(words, bitorder="little")[: len(row)] == 0] = -np.inf
-    added = slice(edits.add_starts[r], edits.add_starts[r + 1])
-    np.add.at(row, edits.add_ids[added], edits.add_values[added])
-    seen = slice(edits.seen_starts[r], edits.seen_starts[r + 1])
-    ids, counts = edits.seen_ids[seen], edits.seen_counts[seen]
-    repetition, frequency, presence = settings[REPETITION:].astype(np.float32)
-    values = row[ids]
-    with np.errstate(over="ignore"):  # a row that leaves float32 has no token
-        values = np.where(values > 0, values / repetition, values * repetition)
-        penalised = (values - frequency * counts.astype(np.float32)) - presence
-    row[ids] = np.where(counts > 0, penalised, values)
-    return row
 
 
 def kept_ref(row: Array, settings: Array) -> Array:
@@ -213,7 +141,7 @@ def sample_ref(
     left = largest.copy()
     for r in np.flatnonzero(tokens >= 0).tolist():
         own = settings[slots[r]]
-        row = edited_ref(logits[r], own, edits, r)
+        row = edited_ref(logits[r], edits, r, own[REPETITION:])
         left[r] = row.max()
         if not np.isfinite(left[r]):
             tokens[r] = -1
@@ -233,7 +161,7 @@ def distribution_ref(logits: Array, settings: Array, slots: Array, edits: Edits)
     out[tokens < 0] = np.nan
     for r in np.flatnonzero(tokens >= 0).tolist():
         own = settings[slots[r]]
-        row = edited_ref(logits[r], own, edits, r)
+        row = edited_ref(logits[r], edits, r, own[REPETITION:])
         if not np.isfinite(row.max()):
             out[r] = np.nan
         elif own[TEMPERATURE] == 0:
@@ -259,44 +187,7 @@ def sample_residual_ref(p: Array, q: Array, uniform_bits: Array) -> Array:
     return tokens
 
 
-# ---- random numbers ------------------------------------------------------------------------------
-ROUNDS = 10
-MULTIPLIERS = (np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157))
-KEY_STEPS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B))
-HALF, LOWER = np.uint64(32), np.uint64(0xFFFFFFFF)
-UPPER_53 = np.uint64(0xFFFFFFFFFFFFF800)
-
-
-@jit.device_fn
-def _high(a, b):
-    """Upper 64 bits of the product of two uint64."""
-    a0, a1, b0, b1 = a & LOWER, a >> HALF, b & LOWER, b >> HALF
-    middle = a1 * b0 + ((a0 * b0) >> HALF)
-    other = a0 * b1 + (middle & LOWER)
-    return a1 * b1 + (middle >> HALF) + (other >> HALF)
-
-
-@jit.device_fn
-def _philox(seed, position, stream):
-    """First word of Philox4x64-10: `philox_ref`."""
-    w0, w1 = np.uint64(position) + np.uint64(1), np.uint64(stream)
-    w2, w3 = np.uint64(0), np.uint64(0)
-    k0, k1 = np.uint64(seed), np.uint64(0)
-    for _ in range(ROUNDS):
-        h0, l0 = _high(w0, MULTIPLIERS[0]), w0 * MULTIPLIERS[0]
-        h1, l1 = _high(w2, MULTIPLIERS[1]), w2 * MULTIPLIERS[1]
-        w0, w1, w2, w3 = h1 ^ w1 ^ k0, l1, h0 ^ w3 ^ k1, l0
-        k0, k1 = k0 + KEY_STEPS[0], k1 + KEY_STEPS[1]
-    return w0
-
-
-@jit.device_fn
-def _share_of(bits, total):
-    """floor(u * total) for u = the upper 53 of 64 bits, as a fraction."""
-    return np.int64(_high(bits & UPPER_53, np.uint64(total)))
-
-
-# ---- one row: edits ------------------------------------------------------------------------------
+# ---- one row: its edited copy --------------------------------------------------------------------
 @jit.device_fn
 def _copy_row(x, x0, v, out):
     """out[:v] = x[x0 : x0 + v]; up to 15 more of out are touched."""
@@ -305,49 +196,11 @@ def _copy_row(x, x0, v, out):
 
 
 @jit.device_fn
-def _mask_row(row, v, masks, m):
-    """-inf where the bit of a token is 0."""
-    lowest = np.float32(-np.inf)
-    for word in range((v + 31) // 32):
-        bits = masks[m, word]
-        if bits != -1:
-            first = 32 * word
-            for i in range(first, min(first + 32, v)):
-                if (bits >> (i - first)) & 1 == 0:
-                    row[i] = lowest
-
-
-@jit.device_fn
-def _penalise(row, first, end, ids, counts, repetition, frequency, presence):
-    """Step 2 on row[ids[first : end]]."""
-    zero = np.float32(0.0)
-    for j in range(first, end):
-        i, count = ids[j], counts[j]
-        value = row[i]
-        value = value / repetition if value > zero else value * repetition
-        if count > 0:
-            value = (value - frequency * np.float32(count)) - presence
-        row[i] = value
-
-
-@jit.device_fn
 def _edit(row, v, settings, s, edits, r):
     """Steps 1 and 2 in place."""
-    masks, mask_rows, add_starts, add_ids, add_values, seen_starts, seen_ids, seen_counts = edits
-    if mask_rows[r] >= 0:
-        _mask_row(row, v, masks, mask_rows[r])
-    for j in range(add_starts[r], add_starts[r + 1]):
-        row[add_ids[j]] += add_values[j]
-    _penalise(
-        row,
-        seen_starts[r],
-        seen_starts[r + 1],
-        seen_ids,
-        seen_counts,
-        np.float32(settings[s, REPETITION]),
-        np.float32(settings[s, FREQUENCY]),
-        np.float32(settings[s, PRESENCE]),
-    )
+    repetition, frequency = settings[s, REPETITION], settings[s, FREQUENCY]
+    presence = settings[s, PRESENCE]
+    edit(row, v, edits, r, np.float32(repetition), np.float32(frequency), np.float32(presence))
 
 
 # ---- one row: what is kept, and the draw ---------------------------------------------------------
@@ -436,7 +289,7 @@ def _is_filtered(settings, s, v):
 @jit.device_fn
 def _draw_whole(x, x0, v, largest, temperature, random, sums, shares):
     """The first position of the row where the sum of weights exceeds u times their total."""
-    left = _share_of(random, weigh_row(x, x0, v, largest, temperature, sums))
+    left = share_of(random, weigh_row(x, x0, v, largest, temperature, sums))
     block = 0
     while sums[block] <= left:
         block += 1
@@ -464,7 +317,7 @@ def _draw(x, x0, v, largest, settings, s, random, peaks, values, ids, shares, su
         temperature = np.float32(settings[s, TEMPERATURE])
         return _draw_whole(x, x0, v, largest, temperature, random, sums, shares)
     _, total = _keep(x, x0, v, largest, settings, s, peaks, values, ids, shares, sums, bins)
-    left = _share_of(random, total)
+    left = share_of(random, total)
     i = 0
     while shares[i] <= left:
         left -= shares[i]
@@ -528,7 +381,7 @@ def _sample_kernel(
                 if not _is_finite(top):
                     continue
             if settings[s, TEMPERATURE] > 0:
-                random = _philox(seeds[s], positions[r], 0)
+                random = philox(seeds[s], positions[r], 0)
                 token = _draw(
                     row,
                     row0,
@@ -603,7 +456,7 @@ def _draw_difference(p, p0, q, q0, q_factor, v, random, lanes):
     whole = sum_weights(total)
     if whole == 0:
         return np.int64(-1)
-    left = _share_of(random, whole)
+    left = share_of(random, whole)
     i = 0
     here = _difference(p, p0, q, q0, q_factor, 0, min(16, v))
     while sum_weights(here) <= left:
@@ -633,7 +486,7 @@ def _sample_residual_kernel(p, p_stride, q, q_stride, rows, v, random, lanes, to
 @jit.kernel
 def _uniform_bits_kernel(seeds, positions, stream, out, rows):
     for r in prange(rows):
-        out[r] = _philox(seeds[r], positions[r], stream)
+        out[r] = philox(seeds[r], positions[r], stream)
 
 
 # ---- public wrappers -----------------------------------------------------------------------------
@@ -690,24 +543,7 @@ def _check_rows(kernel: str, logits: Array, settings: Array, slots: Array, edits
     if not fine.all():
         row = int(np.flatnonzero(~fine)[0])
         raise ValueError(f"{kernel}: settings of row {row} are {used[row].tolist()}, see NEUTRAL")
-    require(kernel, "edits.masks", edits.masks, ("K", None), (np.int32,))
-    contiguous(kernel, "edits.masks", edits.masks)
-    require(kernel, "edits.mask_rows", edits.mask_rows, (rows,), (np.int64,))
-    if (edits.mask_rows >= 0).any():
-        require(kernel, "edits.masks", edits.masks, ("K", -(-v // 32)), (np.int32,))
-        in_range(kernel, "edits.mask_rows", edits.mask_rows + 1, len(edits.masks) + 1)
-    for name, starts, ids, numbers, dtype in (
-        ("add", edits.add_starts, edits.add_ids, edits.add_values, np.float32),
-        ("seen", edits.seen_starts, edits.seen_ids, edits.seen_counts, np.int64),
-    ):
-        require(kernel, f"edits.{name}_starts", starts, (rows + 1,), (np.int64,))
-        require(kernel, f"edits.{name}_ids", ids, ("N",), (np.int64,))
-        require(kernel, f"edits.{name}_values or counts", numbers, ids.shape, (dtype,))
-        if starts[0] != 0 or starts[-1] != len(ids) or not ascends(starts):
-            raise ValueError(
-                f"{kernel}: edits.{name}_starts must ascend from 0 to {len(ids)}, got {starts}"
-            )
-        in_range(kernel, f"edits.{name}_ids", ids, v)
+    check_edits(kernel, edits, rows, v)
 
 
 def sample(

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from pace_nb.engine.sampler import Sampler, packed
 from pace_nb.engine.scheduler import Scheduled
 from pace_nb.errors import InvalidRequestError
-from pace_nb.kernels.sampling import philox_ref
+from pace_nb.kernels.philox import philox_ref
 from pace_nb.outputs import Logprob
 
 # Steps of 1/8 within a small range: ties are common, sums are nearly exact.

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pace_nb.kernels.bf16 import from_f32, narrow, to_f32, widen
+from pace_nb.kernels.bf16 import as_f32, as_stored, from_f32, narrow, to_f32, widen
 
 Array = NDArray[Any]
 ALL = np.arange(2**16, dtype=np.uint16)
@@ -98,3 +98,11 @@ def test_other_types_are_refused() -> None:
         to_f32(np.zeros(2, np.int16))
     with pytest.raises(TypeError, match="from_f32: expected float32, found float64"):
         from_f32(np.zeros(2))
+
+
+def test_storage_to_float32_and_back() -> None:
+    x = np.array([1.0, -2.5, np.inf, 1e-40], np.float32)
+    u = from_f32(x)
+    np.testing.assert_array_equal(as_f32(u), to_f32(u))
+    assert as_f32(x) is x and as_stored(x, x.dtype) is x
+    np.testing.assert_array_equal(as_stored(x, u.dtype), u)

@@ -89,7 +89,7 @@ def copy_tree(to: Path) -> Path:
     """A package of jit.py, what it needs and the kernel above."""
     kernels = to / "pace_nb" / "kernels"
     kernels.mkdir(parents=True)
-    for name in ("jit", "lanes"):
+    for name in ("jit", "lanes", "llvm_body", "bf16"):
         shutil.copy(SOURCES / f"{name}.py", kernels)
     (to / "pace_nb" / "__init__.py").touch()
     (kernels / "__init__.py").touch()

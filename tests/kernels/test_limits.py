@@ -9,7 +9,7 @@ import pytest
 
 from pace_nb.kernels import jit, limits
 from pace_nb.kernels.bf16 import from_f32
-from pace_nb.kernels.lanes import W
+from pace_nb.kernels.llvm_body import W
 
 
 @pytest.mark.parametrize("streams", [1, 4])

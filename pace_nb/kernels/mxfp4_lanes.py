@@ -1,0 +1,100 @@
+"""MXFP4 in registers: sixteen bytes of two 4-bit codes each become 16 pairs of BF16.
+
+    value = e2m1(code) * 2^(scale - 127),   e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives
+
+Exact: a code has two significant bits and the scale is a power of two, added to the exponent.
+Knows: the format's codes and scales. Does not know: how a weight is laid out (quant.py).
+Cautions: nothing is bounds-checked; scales must be 2 .. 252.
+Source: OCP Microscaling Formats 1.0. Notebook: 19 MoE and MXFP4. Ledger: quant.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from pace_nb.kernels.llvm_body import (
+    I16,
+    I32X16,
+    W,
+    bf16x32,
+    emit_call,
+    emit_vector_pointer,
+    has,
+    i32_constant,
+    i32x16,
+    llvm_body,
+)
+
+_E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)  # magnitudes of codes 0 .. 7
+MXFP4_TABLE = (np.concatenate([_E2M1, -_E2M1]).view(np.uint32) >> 16).astype(np.uint16)  # as BF16
+
+
+def mxfp4_exponents(scales: np.ndarray, i: int) -> np.ndarray:
+    """What 16 scale bytes (2**(s - 127)) add to BF16 bits, as i32x16: twice (s - 127) << 7, one per
+    half of a pair. Scales must be 2 .. 252, so that no result leaves BF16's normal range."""
+    shift = (scales[i : i + W].astype(np.int32) - 127) << 7
+    return ((shift << 16) | (shift & 0xFFFF)).astype(np.int32)
+
+
+def _is_bytes(x: Any) -> bool:
+    return isinstance(x, types.Array) and x.ndim == 1 and x.dtype == types.uint8
+
+
+def _load_bytes(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    """16 bytes at args[0][args[1]] as 16 words."""
+    index = ctx.cast(bld, args[1], sig.args[1], types.intp)
+    llvm = ir.VectorType(ir.IntType(8), W)
+    pointer = emit_vector_pointer(ctx, bld, sig.args[0], args[0], index, llvm)
+    return bld.zext(bld.load(pointer, align=1), I32X16)
+
+
+@llvm_body(mxfp4_exponents, lambda scales, i: i32x16 if _is_bytes(scales) else None)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    shift = bld.sub(_load_bytes(ctx, bld, sig, args), i32_constant(127))
+    shift = bld.shl(shift, i32_constant(7))
+    lower = bld.and_(shift, i32_constant(0xFFFF))
+    return bld.or_(bld.shl(shift, i32_constant(16)), lower)
+
+
+def mxfp4_pairs(codes: np.ndarray, i: int, exponents: np.ndarray) -> np.ndarray:
+    """16 bytes of two codes each, the lower k in the lower nibble, as bf16x32 times their scales.
+
+    Exact: a code has two significant bits and the scale is a power of two.
+    """
+    both = codes[i : i + W].repeat(2)
+    both[1::2] >>= 4
+    both &= 15
+    raised = MXFP4_TABLE[both] + exponents.astype(np.int32).view(np.uint16)
+    return np.where(both & 7, raised, MXFP4_TABLE[both]).astype(np.uint16)
+
+
+@llvm_body(
+    mxfp4_pairs,
+    lambda codes, i, exponents: bf16x32 if _is_bytes(codes) and exponents == i32x16 else None,
+)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    code = _load_bytes(ctx, bld, sig, args)
+    code = bld.and_(bld.or_(code, bld.shl(code, i32_constant(12))), i32_constant(0x000F000F))
+    i16x32 = ir.VectorType(I16, 2 * W)
+
+    def every(value: int) -> Any:
+        return ir.Constant(i16x32, [value] * (2 * W))
+
+    code = bld.bitcast(code, i16x32)
+    magnitude = bld.and_(code, every(7))
+    zero = bld.icmp_unsigned("==", magnitude, every(0))
+    if has(ctx, "avx512bw"):
+        table = ir.Constant(i16x32, [int(v) for v in MXFP4_TABLE] * 2)
+        value = emit_call(bld, "llvm.x86.avx512.permvar.hi.512", i16x32, table, code)
+    else:
+        # 1 + m / 2 times 2**(e - 1) for e > 0; the code 1 alone is 0.5
+        value = bld.add(bld.shl(magnitude, every(6)), every(126 << 7))
+        half = bld.icmp_unsigned("==", magnitude, every(1))
+        value = bld.select(zero, every(0), bld.select(half, every(126 << 7), value))
+        value = bld.or_(value, bld.shl(bld.and_(code, every(8)), every(12)))
+    raised = bld.add(value, bld.bitcast(args[2], i16x32))
+    return bld.bitcast(bld.select(zero, value, raised), I32X16)
