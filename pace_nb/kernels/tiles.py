@@ -11,7 +11,7 @@ Cautions
     nothing is bounds-checked. Sizes are literal numbers. The NumPy bodies of dot products round
     twice in rare cases, as that of `lanes.fma`.
 Source: the tile as a value type was proven in a spike (230 of 232 GFLOP/s on one Zen 4 core).
-Notebook: 01 lanes, 03 GEMM ladder. Ledger: lanes.
+Notebook: 03 GEMM ladder. Ledger: lanes.
 """
 
 from __future__ import annotations

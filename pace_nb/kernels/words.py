@@ -11,7 +11,7 @@ Cautions
     `lanes.fma`. On CPUs with avx512bf16 `vdpbf16ps` flushes denormals to zero, the fallback keeps
     them.
 Source: Intel's description of VDPBF16PS, for the order within a pair.
-Notebook: 01 lanes. Ledger: lanes.
+Notebook: 04 GEMV. Ledger: lanes.
 """
 
 from __future__ import annotations
