@@ -21,9 +21,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pace_nb.config import EngineConfig
+from pace_nb.engine.logit_changes import packed
 from pace_nb.engine.model_runner import FORWARD_ID, Float32Array, ModelRunner
 from pace_nb.engine.request import Request
-from pace_nb.engine.sampler import Sampled, Sampler, packed
+from pace_nb.engine.sampler import Sampled, Sampler
 from pace_nb.engine.scheduler import Scheduled, Scheduler
 from pace_nb.engine.speculative import Drafter, PromptLookup, Speculation, SpeculativeStats
 from pace_nb.engine.stopping import check_tokens

@@ -17,9 +17,9 @@ The random number is keyed by the request's seed, at the counter of the output p
 does not depend on what else runs, on preemption or on how the prompt was cut; and rows are
 independent, so its bits are those it has alone.
 
-What a request's parameters become is kept from its first token until `forget`, and penalised tokens
-are counted as they come: a step costs what is new. All of it can be made again from the request, so
-sampling a step twice, or after it failed, gives the same.
+What a request's parameters become is kept from its first token until `forget` (logit_changes.py for
+what they change in the logits). All of it can be made again from the request, so sampling a step
+twice, or after it failed, gives the same.
 
 A logprob's rank is 1 + the number of tokens that are likelier, or as likely and of lower id.
 
@@ -30,16 +30,16 @@ Source: vLLM v1 `vllm/v1/sample/`.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pace_nb.engine.logit_changes import NO_CHANGE, LogitChanges, edits_of
 from pace_nb.engine.request import Request
 from pace_nb.engine.scheduler import Scheduled
-from pace_nb.engine.stopping import ending_token_ids
+from pace_nb.errors import InvalidRequestError
 from pace_nb.kernels import jit
 from pace_nb.kernels.logit_edits import Edits
 from pace_nb.kernels.logprobs import Logprobs, token_logprobs
@@ -61,11 +61,8 @@ if TYPE_CHECKING:
 Float32Array = NDArray[np.float32]
 Int64Array = NDArray[np.int64]
 
-ACCEPTING, REPLACING, GUESSING = (
-    1,
-    2,
-    3,
-)  # streams of random numbers, see `kernels.sampling.uniform_bits`
+# Streams of random numbers, see `kernels.sampling.uniform_bits`.
+ACCEPTING, REPLACING, GUESSING = 1, 2, 3
 PROMPT_ROWS = 64  # rows of prompt logits that exist at the same time: 33 MB of f32 at V = 128k
 
 
@@ -80,6 +77,13 @@ class Sampled(NamedTuple):
     logprobs: Sequence[TokenLogprobs] = ()
     prompt_logprobs: Sequence[TokenLogprobs] = ()
     error: str | None = None
+
+
+class _Kept(NamedTuple):
+    """What is kept for a request. slot: its row of settings and seeds."""
+
+    slot: int
+    changes: LogitChanges
 
 
 class _FailedError(Exception):
@@ -208,9 +212,8 @@ class Sampler:
             error, change = None, NO_CHANGE
             before = ahead[index] if ahead is not None else ()
             try:
-                if kept.changes_logits:
-                    change = kept.change(request, before)
-            except _FailedError as problem:
+                change = kept.changes.of_next_token(request, before)
+            except InvalidRequestError as problem:
                 error = str(problem)
             slots.append(kept.slot)
             positions.append(request.num_generated_tokens + len(before))
@@ -222,7 +225,7 @@ class Sampler:
             self._seeds,
             np.array(slots, np.int64),
             np.array(positions, np.int64),
-            _edits(changes),
+            edits_of(changes),
         )
         judged = [
             row
@@ -238,7 +241,7 @@ class Sampler:
                 rows[judged],
                 np.array([slots[row] for row in judged], np.int64),
                 np.array([positions[row] for row in judged], np.int64),
-                _edits([changes[row] for row in judged]),
+                edits_of([changes[row] for row in judged]),
             )
         tokens = drawn.tokens.tolist()
         entries = _token_logprobs(requests, rows, tokens)
@@ -288,18 +291,18 @@ class Sampler:
         the guesses before them.
         """
         kept = self._kept.get(request) or self._keep(request, rows.shape[1])
-        kept.forget_counts()  # of guesses that did not hold
+        kept.changes.forget_counts()  # of guesses that did not hold
         slots, seeds = np.array([kept.slot], np.int64), self._seeds[[kept.slot]]
         guesses: list[int] = []
         probabilities = np.empty_like(rows, order="C")
         with jit.using(self._kernels):
             for ahead in range(len(rows)):
                 try:
-                    change = kept.change(request, guesses) if kept.changes_logits else NO_CHANGE
-                except _FailedError:
+                    change = kept.changes.of_next_token(request, guesses)
+                except InvalidRequestError:
                     break
                 row = np.ascontiguousarray(rows[ahead : ahead + 1])
-                q = distribution(row, self._settings, slots, _edits([change]))
+                q = distribution(row, self._settings, slots, edits_of([change]))
                 if not np.isfinite(q[0, 0]):
                     break
                 position = np.array([request.num_generated_tokens + ahead], np.int64)
@@ -327,111 +330,11 @@ class Sampler:
             params.presence_penalty,
         )
         self._seeds[slot] = request.seed
-        kept = self._kept[request] = _Kept(slot, request, vocab_size)
+        kept = self._kept[request] = _Kept(slot, LogitChanges(request, vocab_size))
         return kept
 
 
-# ---- what a request changes in its logits --------------------------------------------------------
-class _Change(NamedTuple):
-    """One row's part of `Edits`. mask: int32[ceil(V / 32)] or None."""
-
-    mask: NDArray[np.int32] | None = None
-    add_ids: Sequence[int] = ()
-    add_values: Sequence[float] = ()
-    seen_ids: Sequence[int] = ()
-    seen_counts: Sequence[int] = ()
-
-
-NO_CHANGE = _Change()
-
-
-class _Kept:
-    """What a request's parameters have become. slot: its row of settings and seeds."""
-
-    def __init__(self, slot: int, request: Request, vocab_size: int) -> None:
-        params = request.params
-        self.slot = slot
-        self._vocab_size = vocab_size
-        self._bias = params.logit_bias or {}
-        self._allowed = None
-        if params.allowed_token_ids is not None:
-            allowed = np.zeros(vocab_size, bool)
-            allowed[list(params.allowed_token_ids)] = True
-            self._allowed = packed(allowed, vocab_size)
-        self._ending = [
-            token_id
-            for token_id in ending_token_ids(params, request.eos_token_ids)
-            if params.min_tokens and token_id < vocab_size
-        ]
-        self._seen: _Seen | None = None
-        if (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (
-            1,
-            0,
-            0,
-        ):
-            self._seen = _Seen(request)
-        self.changes_logits = bool(
-            self._bias
-            or self._allowed is not None
-            or self._ending
-            or self._seen is not None
-            or request.bad_words_token_ids
-            or params.token_mask is not None
-        )
-
-    def forget_counts(self) -> None:
-        """Count the request's tokens anew when they are needed."""
-        if self._seen is not None:
-            self._seen.count(())
-
-    def change(self, request: Request, ahead: Sequence[int] = ()) -> _Change:
-        """What the request does to the row of its next token; ahead: as in `Sampler._draw`."""
-        add_ids, add_values = list(self._bias), list(self._bias.values())
-        banned = _bad_word_ends(request, ahead)
-        if request.num_generated_tokens + len(ahead) < request.params.min_tokens:
-            banned += self._ending
-        add_ids += banned
-        add_values += [-np.inf] * len(banned)
-        mask = self._allowed
-        if request.params.token_mask is not None:
-            own = _token_mask(request, ahead, self._vocab_size)
-            mask = own if mask is None else own & mask
-        if self._seen is None:
-            return _Change(mask, add_ids, add_values)
-        self._seen.count([*request.token_ids, *ahead] if ahead else request.token_ids)
-        return _Change(mask, add_ids, add_values, self._seen.ids, self._seen.counts)
-
-
-class _Seen:
-    """The different tokens of a request, and how often each is in its output."""
-
-    def __init__(self, request: Request) -> None:
-        self._num_prompt = request.num_prompt_tokens
-        self._begin()
-
-    def _begin(self) -> None:
-        self.ids = array("q")
-        self.counts = array("q")
-        self._index: dict[int, int] = {}
-        self._num_counted = 0
-
-    def count(self, token_ids: Sequence[int]) -> None:
-        """Count what has been added to the request's tokens since the last call.
-
-        Where they are fewer, a step is sampled again that drew several of them.
-        """
-        if len(token_ids) < self._num_counted:
-            self._begin()
-        for position in range(self._num_counted, len(token_ids)):
-            token_id = token_ids[position]
-            index = self._index.setdefault(token_id, len(self.ids))
-            if index == len(self.ids):
-                self.ids.append(token_id)
-                self.counts.append(0)
-            self.counts[index] += position >= self._num_prompt
-        self._num_counted = len(token_ids)
-
-
+# ---- rows and guesses ----------------------------------------------------------------------------
 def _starts(requests: Sequence[Request]) -> NDArray[np.int64]:
     """Each request's first row, where each has one for itself and one for each guess."""
     counts = [1 + len(request.draft_token_ids) for request in requests]
@@ -461,74 +364,6 @@ def _accepted(
             results.append(Sampled(error=_bad_logits(largest[row])))
         row += 1 + len(drafts)
     return results
-
-
-def _bad_word_ends(request: Request, ahead: Sequence[int]) -> list[int]:
-    """Last tokens of the bad words that the output so far would complete."""
-    if not request.bad_words_token_ids:
-        return []
-    generated = [*request.generated_token_ids, *ahead]
-    ends = []
-    for word in request.bad_words_token_ids:
-        start = len(generated) - (len(word) - 1)
-        if start >= 0 and generated[start:] == list(word[:-1]):
-            ends.append(word[-1])
-    return ends
-
-
-def packed(mask: NDArray[Any], vocab_size: int) -> NDArray[np.int32]:
-    """A token mask, bool[V] or packed already, as int32[ceil(V / 32)]: bit i % 32 of word i // 32.
-
-    ValueError, saying what it is and what was expected.
-    """
-    mask = np.asarray(mask)
-    num_words = -(-vocab_size // 32)
-    if mask.dtype == np.bool_ and mask.shape == (vocab_size,):
-        padded = np.zeros(32 * num_words, np.bool_)
-        padded[:vocab_size] = mask
-        return np.packbits(padded, bitorder="little").view(np.int32)
-    if mask.dtype in (np.int32, np.uint32) and mask.shape == (num_words,):
-        return np.ascontiguousarray(mask).view(np.int32)
-    raise ValueError(
-        f"is {mask.dtype} of shape {mask.shape}, expected bool of ({vocab_size},) or int32 of "
-        f"({num_words},)"
-    )
-
-
-def _token_mask(request: Request, ahead: Sequence[int], vocab_size: int) -> NDArray[np.int32]:
-    """The request's own mask for its next token, packed."""
-    mask = request.params.token_mask
-    try:
-        given = mask([*request.generated_token_ids, *ahead]) if callable(mask) else mask
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise _FailedError(f"token_mask raised {type(error).__name__}: {reason}") from error
-    try:
-        return packed(given, vocab_size)
-    except ValueError as error:
-        raise _FailedError(f"token_mask {error}") from error
-
-
-def _edits(changes: Sequence[_Change]) -> Edits | None:
-    """The changes of all rows; None if there are none."""
-    if all(change is NO_CHANGE for change in changes):
-        return None
-    masks = [change.mask for change in changes if change.mask is not None]
-    mask_rows = np.cumsum([change.mask is not None for change in changes], dtype=np.int64) - 1
-    mask_rows[[change.mask is None for change in changes]] = -1
-    add_starts, seen_starts = np.zeros((2, len(changes) + 1), np.int64)
-    np.cumsum([len(change.add_ids) for change in changes], out=add_starts[1:])
-    np.cumsum([len(change.seen_ids) for change in changes], out=seen_starts[1:])
-    return Edits(
-        np.stack(masks) if masks else np.zeros((0, 0), np.int32),
-        mask_rows,
-        add_starts,
-        np.concatenate([np.array(change.add_ids, np.int64) for change in changes]),
-        np.concatenate([np.array(change.add_values, np.float32) for change in changes]),
-        seen_starts,
-        np.concatenate([np.array(change.seen_ids, np.int64) for change in changes]),
-        np.concatenate([np.array(change.seen_counts, np.int64) for change in changes]),
-    )
 
 
 # ---- why there is no token -----------------------------------------------------------------------

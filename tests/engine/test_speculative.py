@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from pace_nb.config import SpeculativeConfig
 from pace_nb.engine import engine as engine_module
 from pace_nb.engine import speculative as speculative_module
-from pace_nb.engine.sampler import _Change, _edits
+from pace_nb.engine.logit_changes import Change, edits_of
 from pace_nb.engine.speculative import Draft, PromptLookup, SpeculativeStats
 from pace_nb.errors import ConfigError
+from pace_nb.kernels.logit_edits import Edits
 from pace_nb.kernels.sampling import distribution_ref
 from tests.engine.conftest import ScriptedModel
 
@@ -521,7 +522,7 @@ def test_100_000_sampled_tokens_follow_the_model(scripted, kind, record_property
     sampler = setup.engine._sampler
     kept = sampler._keep(requests[0], 12)
     p = distribution_ref(
-        model.table, sampler._settings, np.full(12, kept.slot), _edits([_Change()] * 12)
+        model.table, sampler._settings, np.full(12, kept.slot), edits_of([Change()] * 12)
     )
     expected = p.astype(float) * counts.sum(axis=1, keepdims=True)
     assert counts[expected == 0].sum() == 0 and (expected == 0).any()
@@ -549,7 +550,7 @@ def pairs_after(scripted, request):
         row = setup.engine.forward([*request.token_ids, *ahead])[-1:]
         sampler.forget(request)
         kept = sampler._keep(request, vocab)
-        edits = _edits([kept.change(request, ahead)])
+        edits = edits_of([kept.changes.of_next_token(request, ahead)]) or Edits.none(1)
         slots = np.array([kept.slot], np.int64)
         return distribution_ref(row, sampler._settings, slots, edits)[0].astype(float)
 
@@ -577,7 +578,7 @@ def test_a_guess_is_judged_by_p_and_q(scripted):
             kept = sampler._keep(request, vocab)
             slots = np.array([kept.slot], np.int64)
             position = np.array([0], np.int64)
-            edits = _edits([kept.change(request)])
+            edits = edits_of([kept.changes.of_next_token(request)])
             tokens += sampler._judge([request], row, slots, position, edits).tolist()
             sampler.forget(request)
         return np.bincount(tokens, minlength=vocab) / seeds
