@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernel",
         default="all",
         metavar="NAME",
-        help="gemm, norm, layer_norm, rope, exp, activation, attention_decode, "
-        "attention_prefill (default: all)",
+        help="gemm, norm, layer_norm, rope, exp, activation, attention_decode, attention_prefill, "
+        "mlp, moe, combine, quant, kv_write, sampling (default: all)",
     )
     add(
         "--dtype",

@@ -13,9 +13,10 @@ import numpy as np
 
 from pace_nb.errors import ConfigError
 from pace_nb.kernels.bf16 import widen
+from pace_nb.verify.case import Sizes
 from pace_nb.verify.fault import FAULTS, PLANTS
 from pace_nb.verify.result import Result
-from pace_nb.verify.subject import DTYPES, SUBJECTS, Sizes, make
+from pace_nb.verify.subject import DTYPES, SUBJECTS, make
 
 
 class Choice(NamedTuple):

@@ -14,16 +14,20 @@ Knows the kernels' arguments. Source of the faults: docs/adr/0011 (nnan), PACE's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pace_nb.kernels.activation import activation_ref, gated_activation_ref
 from pace_nb.kernels.bf16 import from_f32, narrow, to_f32, widen
 from pace_nb.kernels.exp import SMALLEST
-from pace_nb.kernels.gemm import pack_weight, unpack_weight
+from pace_nb.kernels.gemm import gemm, pack_weight, unpack_weight
 from pace_nb.kernels.kv_write import kv_gather_ref
+from pace_nb.kernels.mlp import GATE_AND_UP, MLPWeight, unpack_mlp_weight
+from pace_nb.kernels.moe import PackedExperts
+from pace_nb.kernels.quant import PackedMXFP4, dequantize_mxfp4_ref, unpack_mxfp4
 
 Array = NDArray[Any]
 Kernel = Callable[..., Array]
@@ -89,6 +93,68 @@ def bf16_gemm(kernel: Kernel) -> Kernel:
     return faulty
 
 
+def bf16_grouped_gemm(expand: Callable[[Any], Sequence[Array]]) -> Callable[[Kernel], Kernel]:
+    """The same for rows that are sorted by expert; `expand` gives the experts' [N, K]."""
+
+    def fault(kernel: Kernel) -> Kernel:
+        def faulty(x: Array, weight: Any, offsets: Array, bias: Array | None = None) -> Array:
+            return np.concatenate(
+                [
+                    bf16_gemm(gemm)(
+                        x[offsets[e] : offsets[e + 1]],
+                        pack_weight(w),
+                        None if bias is None else bias[e],
+                    )
+                    for e, w in enumerate(expand(weight))
+                ]
+            )
+
+        return faulty
+
+    return fault
+
+
+def experts_of(weight: PackedExperts) -> list[Array]:
+    """[N, K] of each expert."""
+    return [unpack_weight(weight.expert(e)) for e in range(weight.num_experts)]
+
+
+def expanded(weight: PackedMXFP4) -> list[Array]:
+    """[N, K] of each expert in BF16, which holds MXFP4 exactly."""
+    each = (dequantize_mxfp4_ref(*unpack_mxfp4(weight, e)) for e in range(weight.num_experts))
+    return [from_f32(w.astype(np.float32)) for w in each]
+
+
+def bf16_combine(kernel: Kernel) -> Kernel:
+    """The sum over a token's experts is rounded to BF16 after each of them."""
+
+    def faulty(c: Array, place: Array, scale: Array) -> Array:
+        total = np.zeros((len(place), c.shape[1]), np.float32)
+        for i in range(place.shape[1]):
+            total = in_bf16(total + scale[:, i, None] * c[place[:, i]])
+        return total
+
+    return faulty
+
+
+def bf16_mlp(kernel: Kernel) -> Kernel:
+    """Gate and up as `bf16_gemm` gives them."""
+
+    def faulty(x: Array, weight: MLPWeight, kind: str, out: Array | None = None) -> Array:
+        weights, biases = unpack_mlp_weight(weight)
+        rows = np.concatenate(
+            [
+                bf16_gemm(gemm)(x, pack_weight(w), None if biases is None else biases[i])
+                for i, w in enumerate(weights)
+            ],
+            axis=1,
+        )
+        act = gated_activation_ref if weight.parts == GATE_AND_UP else activation_ref
+        return given(out, act(rows, kind), x.dtype)
+
+    return faulty
+
+
 # ---- norms ---------------------------------------------------------------------------------------
 def bf16_mean(x: Array) -> Array:
     """Mean of the rows of float64 x, summed in 16 lanes that hold BF16."""
@@ -133,6 +199,17 @@ def exp_without_nan(kernel: Kernel) -> Kernel:
 
     def faulty(x: Array) -> Array:
         return kernel(np.where(np.isnan(x), np.float32(SMALLEST), x))
+
+    return faulty
+
+
+# ---- probabilities -------------------------------------------------------------------------------
+def row_that_lost_its_nan(kernel: Kernel) -> Kernel:
+    """The maximum drops a NaN, and its weight becomes 0: the token is not there."""
+
+    def faulty(logits: Array, *arguments: Any, **options: Any) -> Array:
+        dropped = np.where(np.isnan(logits), np.float32(-np.inf), logits)
+        return kernel(dropped, *arguments, **options)
 
     return faulty
 
@@ -250,6 +327,14 @@ BAD_KEY = (
     "tests/kernels/test_attention_rows.py"
     "::test_a_bad_key_or_value_reaches_the_rows_that_see_it_and_no_other"
 )
+MLP = ("tests/kernels/test_mlp.py::test_bits_of_product_then_activation", "mlp")
+MOE = ("tests/kernels/test_moe.py::test_matches_reference", "grouped_gemm")
+COMBINE = ("tests/kernels/test_moe.py::test_combine_matches_reference", "combine")
+QUANT = (
+    "tests/kernels/test_quant.py::test_has_the_bits_of_the_expanded_bf16_product",
+    "grouped_gemm_mxfp4",
+)
+SAMPLING = "tests/kernels/test_sampling.py"
 DECODE, PREFILL = "attention_decode", "attention_prefill"
 TAIL, MASK = other_contexts(whole_units), other_contexts(own_key_unseen)
 BF16, NNAN = row_by_row(bf16_row), row_by_row(row_without_nan)
@@ -277,4 +362,22 @@ PLANTS: dict[tuple[str, str], Plant] = {
     ("attention_prefill", "lost-tail"): Plant(TAIL, RAGGED, PREFILL),
     ("attention_prefill", "bf16-accumulate"): Plant(BF16, RAGGED, PREFILL),
     ("attention_prefill", "nnan"): Plant(NNAN, BAD_KEY, PREFILL),
-}
+    ("mlp", "lost-tail"): Plant(lost_tail, *MLP),
+    ("mlp", "bf16-accumulate"): Plant(bf16_mlp, *MLP),
+    ("moe", "lost-tail"): Plant(lost_tail, *MOE),
+    ("moe", "bf16-accumulate"): Plant(bf16_grouped_gemm(experts_of), *MOE),
+    ("combine", "lost-tail"): Plant(lost_tail, *COMBINE),
+    ("combine", "bf16-accumulate"): Plant(bf16_combine, *COMBINE),
+    ("quant", "bf16-accumulate"): Plant(bf16_grouped_gemm(expanded), *QUANT),
+    ("kv_write", "lost-tail"): Plant(
+        lost_tail, "tests/kernels/test_kv_write.py::test_matches_reference", "kv_write"
+    ),
+    ("sampling", "lost-tail"): Plant(
+        lost_tail,
+        f"{SAMPLING}::test_tokens_and_distributions_are_those_of_the_references", "distribution",
+    ),
+    ("sampling", "nnan"): Plant(
+        row_that_lost_its_nan,
+        f"{SAMPLING}::test_a_bad_row_has_no_token_and_touches_no_other", "distribution",
+    ),
+}  # fmt: skip

@@ -1,9 +1,6 @@
-"""Which kernels can be checked: their inputs, how they are called, their bounds.
+"""Which kernels can be checked: how they are called, their bounds in words, the sizes to try.
 
-A bound is what the kernel's docstring declares, element by element: the same arithmetic as in
-tests/kernels. Inputs are drawn from a normal distribution with a fixed seed; a case may hold one
-NaN, which must reach the elements that the formula says and no others.
-Knows kernels and their references. Does not know faults.
+Knows kernels; their inputs and what they should give are in case.py. Does not know faults.
 """
 
 from __future__ import annotations
@@ -13,40 +10,45 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pace_nb.kernels import jit
-from pace_nb.kernels.activation import activation, activation_ref
-from pace_nb.kernels.attention_decode import attention_decode, attention_decode_ref
+from pace_nb.kernels.activation import activation
+from pace_nb.kernels.attention_decode import attention_decode
 from pace_nb.kernels.attention_prefill import attention_prefill
-from pace_nb.kernels.attention_rows import SPLIT, attention_ref
-from pace_nb.kernels.bf16 import narrow, widen
-from pace_nb.kernels.exp import exp, exp_ref
-from pace_nb.kernels.gemm import MR, NR, gemm, gemm_ref, pack_weight
-from pace_nb.kernels.kv_write import kv_gather_ref, kv_write_ref, new_pool
-from pace_nb.kernels.lanes import load, store
-from pace_nb.kernels.norm import layer_norm, layer_norm_ref, rms_norm, rms_norm_ref
-from pace_nb.kernels.rope import rope, rope_ref
+from pace_nb.kernels.gemm import MR, NR, gemm
+from pace_nb.kernels.mlp import mlp
+from pace_nb.kernels.moe import combine, grouped_gemm
+from pace_nb.kernels.norm import layer_norm, rms_norm
+from pace_nb.kernels.quant import grouped_gemm_mxfp4
+from pace_nb.kernels.rope import rope
+from pace_nb.kernels.sampling import distribution
+from pace_nb.verify.case import (
+    VECTOR,
+    Array,
+    Case,
+    Sizes,
+    exp_of,
+    make_activation,
+    make_attention,
+    make_combine,
+    make_exp,
+    make_gemm,
+    make_kv_write,
+    make_layer_norm,
+    make_mlp,
+    make_moe,
+    make_norm,
+    make_quant,
+    make_rope,
+    make_sampling,
+    written,
+)  # fmt: skip
 
-Array = NDArray[Any]
-Sizes = tuple[int, ...]
 Kernel = Callable[..., Array]
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(np.uint16),
 }
-EPS = 1e-5
-VECTOR = 16  # lanes: the tile of an axis that a kernel walks along with vectors
-
-
-class Case(NamedTuple):
-    """Arguments of one call, what it should give (float64), and how far off it may be."""
-
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-    exact: Array
-    bound: Array
 
 
 class Subject(NamedTuple):
@@ -62,160 +64,6 @@ class Subject(NamedTuple):
     quick: tuple[Sizes, ...]
     full: tuple[Sizes, ...]  # as well as those of quick
     tiles: dict[str, int]  # axes of the result, and how much of each is one tile
-
-
-def is_fused() -> bool:
-    """Does a multiply-add round once here? Some bounds are wider where it does not."""
-    return jit.INTERPRETED or bool({"fma", "avx512f"} & jit.cpu_features())
-
-
-def stored(x: Array, dtype: np.dtype[Any]) -> Array:
-    """float64 as the kernel is given it."""
-    return narrow(x, dtype)
-
-
-def planted(x: Array, nan: bool) -> Array:
-    """x, with a NaN about two thirds of the way through if `nan`."""
-    if nan and x.size:
-        x.flat[2 * x.size // 3] = np.nan
-    return x
-
-
-def rounding(exact: Array, dtype: np.dtype[Any]) -> Array:
-    """What one rounding to storage adds to a bound that is in f32."""
-    return np.abs(exact) * (2.0**-8 if dtype == np.uint16 else 0.0)
-
-
-# ---- products ------------------------------------------------------------------------------------
-def make_gemm(sizes: Sizes, dtype: np.dtype[Any], rng: np.random.Generator, nan: bool) -> Case:
-    """x [M, K], a packed weight [N, K] and a bias."""
-    m, n, k = sizes
-    x = stored(planted(rng.standard_normal((m, k)), nan), dtype)
-    w = stored(rng.standard_normal((n, k)), dtype)
-    bias = rng.standard_normal(n).astype(np.float32)
-    magnitudes = np.abs(widen(x)) @ np.abs(widen(w)).T + np.abs(bias)
-    bound = (k + 1) * (2.0**-24 * magnitudes + 2.0**-126) * (1 if is_fused() else 2)
-    return Case((x, pack_weight(w), bias), {}, gemm_ref(x, w, bias), bound)
-
-
-# ---- rows ----------------------------------------------------------------------------------------
-def make_norm(sizes: Sizes, dtype: np.dtype[Any], rng: np.random.Generator, nan: bool) -> Case:
-    """RMSNorm of x [T, E] in `dtype`, result in `dtype`."""
-    x = stored(planted(rng.standard_normal(sizes), nan), dtype)
-    weight = rng.standard_normal(sizes[1]).astype(np.float32)
-    exact = rms_norm_ref(x, weight, EPS)
-    bound = (sizes[1] / 128 + 7) * 2.0**-24 * np.abs(exact) + rounding(exact, dtype) + 1e-37
-    return Case((x, weight, EPS), {"dtype": dtype}, exact, bound)
-
-
-def make_layer_norm(
-    sizes: Sizes, dtype: np.dtype[Any], rng: np.random.Generator, nan: bool
-) -> Case:
-    """LayerNorm of x [T, E] whose mean is not 0."""
-    x = stored(planted(rng.standard_normal(sizes) + 1.0, nan), dtype)
-    weight, bias = (rng.standard_normal(sizes[1]).astype(np.float32) for _ in range(2))
-    exact, wide = layer_norm_ref(x, weight, bias, EPS), widen(x)
-    spread = np.abs(wide).max(-1, keepdims=True) / np.sqrt(wide.var(-1, keepdims=True) + EPS)
-    bound = (sizes[1] / 64 + 9) * 2.0**-24 * (np.abs(exact) + np.abs(weight) * spread)
-    bound = bound + rounding(exact, dtype) + 1e-37
-    return Case((x, weight, bias, EPS), {"dtype": dtype}, exact, bound)
-
-
-def make_rope(sizes: Sizes, dtype: np.dtype[Any], rng: np.random.Generator, nan: bool) -> Case:
-    """x [T, H, D], all dims rotated, at positions 0 to 4095."""
-    x = planted(rng.standard_normal(sizes), nan).astype(np.float32)
-    half = sizes[2] // 2
-    angles = np.arange(4096)[:, None] * 10000.0 ** (-np.arange(half) / max(half, 1))
-    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    positions = rng.integers(0, 4096, sizes[0]).astype(np.int32)
-    exact = rope_ref(x, positions, cos, sin)
-    crossed = np.abs(rope_ref(x, positions, np.zeros_like(cos), sin))  # |x_b sin| of each element
-    along = np.abs(rope_ref(x, positions, cos, np.zeros_like(sin)))
-    # Without fma both products are rounded, and then their sum: the docstring's 2 |x_b sin| +
-    # |x_a cos| leaves out the last when the two have one sign.
-    factor = np.abs(exact) + crossed + (0 if is_fused() else along)
-    bound = 2.0**-24 * factor + rounding(exact, dtype) + 1e-37
-    return Case((x, positions, cos, sin), {"dtype": dtype}, exact, bound)
-
-
-def make_activation(
-    sizes: Sizes, dtype: np.dtype[Any], rng: np.random.Generator, nan: bool
-) -> Case:
-    """silu of x [T, F]."""
-    x = planted(3.0 * rng.standard_normal(sizes), nan).astype(np.float32)
-    exact = activation_ref(x, "silu")
-    tiny = 1.2e-38 * np.maximum(1.0, np.abs(widen(x)))
-    bound = 4.0 * np.spacing(np.abs(exact).astype(np.float32)) + tiny + rounding(exact, dtype)
-    return Case((x, "silu"), {"dtype": dtype}, exact, bound)
-
-
-# ---- one vector after another --------------------------------------------------------------------
-@jit.device_fn
-def _exp_of_vectors(x: Array, y: Array, n: int) -> None:
-    for i in range(n):
-        store(y, 16 * i, exp(load(x, 16 * i)))
-
-
-def exp_of(x: Array) -> Array:
-    """The device function `exp` of x [N] f32, 16 lanes at a time."""
-    padded = np.zeros(-(-len(x) // VECTOR) * VECTOR, np.float32)
-    padded[: len(x)] = x
-    y = np.empty_like(padded)
-    with np.errstate(all="ignore"):
-        _exp_of_vectors(padded, y, len(padded) // VECTOR)
-    return y[: len(x)]
-
-
-def make_exp(sizes: Sizes, dtype: np.dtype[Any], rng: np.random.Generator, nan: bool) -> Case:
-    """x evenly spaced over all that has a finite result that is not 0."""
-    x = planted(np.linspace(-103.9, 88.72, sizes[0]), nan).astype(np.float32)
-    exact = exp_ref(x)
-    ulps = 1.0 if is_fused() else 1.5
-    return Case((x,), {}, exact, ulps * np.spacing(exact.astype(np.float32)).astype(float))
-
-
-# ---- attention -----------------------------------------------------------------------------------
-def make_attention(sizes: Sizes, dtype: np.dtype[Any], rng: np.random.Generator, nan: bool) -> Case:
-    """The last T tokens of one sequence of S; a NaN lies in a key."""
-    tokens, s, heads, kv_heads, d = sizes
-    if s < tokens or heads % kv_heads:
-        raise ValueError(f"{tokens} tokens of {s} keys, {heads} heads of {kv_heads}")
-    q = stored(rng.standard_normal((tokens, heads, d)), dtype)
-    k = stored(planted(rng.standard_normal((s, kv_heads, d)), nan), dtype)
-    v = stored(rng.standard_normal((s, kv_heads, d)), dtype)
-    pool = new_pool(-(-s // 16) + 2, kv_heads, d, dtype)
-    for x in pool:  # what lies beyond the keys must never be used
-        x[...] = stored(np.full(1, np.nan), dtype)
-    table = 1 + np.arange(-(-s // 16))[::-1].reshape(1, -1)  # blocks of one unit, backwards
-    lens = np.array([s], np.int32)
-    kv_write_ref(k, v, pool, table, 1, np.array([0, s], np.int32), lens)
-    queries = np.array([0, tokens], np.int32)
-    arguments = (q, pool, table, 1, queries, lens, d**-0.5)
-    exact = attention_decode_ref(*arguments)
-    return Case(arguments, {}, exact, attention_bound(arguments, exact))
-
-
-def attention_bound(arguments: tuple[Any, ...], exact: Array) -> Array:
-    """The error that attention_rows.py declares, [T, H, D], of one sequence."""
-    q, pool, table, per_block, _, lens, scale = arguments
-    s, dtype, tokens = int(lens[0]), q.dtype, len(q)
-    k, v = kv_gather_ref(pool, table[0], per_block, s)
-    q, k, v = (np.nan_to_num(widen(x)).astype(np.float32) for x in (q, k, v))
-    weighted = attention_ref(q, k, np.abs(v), np.arange(s - tokens, s), scale)
-    group = q.shape[1] // k.shape[1]
-    products = np.stack(  # the largest sum of |q| |k| of each row and head
-        [
-            np.einsum("thd,shd->ths", np.abs(q[t : t + 1]), np.repeat(np.abs(k), group, axis=1))
-            .max(axis=2)
-            .ravel()
-            for t in range(tokens)
-        ]
-    )
-    e = (q.shape[2] + 2) * 2.0**-24 * scale * products[..., None]
-    unit = 2.0**-8 if dtype == np.uint16 else 2.0**-24
-    relative = 4 * e + (min(s, SPLIT) + s / 8 + 64) * 2.0**-24 + unit
-    bound: Array = weighted * relative + np.abs(np.nan_to_num(exact)) * unit + 1e-30
-    return bound
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -275,11 +123,50 @@ SUBJECTS: dict[str, Subject] = {
         ((130, 430, 8, 2, 64), (513, 513, 2, 2, 32), (70, 70, 6, 2, 256)),
         {"t": 16, "h": 1, "d": VECTOR},
     ),
+    "mlp": Subject(
+        mlp, "pace_nb/kernels/mlp.py", "H = silu(X Wg^T + bg) (X Wu^T + bu)",
+        "gemm's in both products, then 4 ULP of silu; BF16 adds 2^-8 |H|", ("M", "F", "K"), BOTH,
+        make_mlp, ((1, 64, 64), (7, 130, 33), (9, 70, 48)),
+        ((1, 1, 1), (3, 65, 15), (25, 200, 4103), (64, 256, 1024)), {"m": MR, "f": NR},
+    ),
+    "moe": Subject(
+        grouped_gemm, "pace_nb/kernels/moe.py", "C[r] = A[r] W[expert(r)]^T + bias[expert(r)]",
+        "as gemm", ("X", "R", "N", "K"), BOTH, make_moe,
+        ((4, 5, 64, 64), (3, 20, 130, 33), (8, 40, 70, 40)),
+        ((1, 1, 1, 1), (32, 128, 65, 17), (2, 50, 100, 4103)), {"r": 1, "n": NR},
+    ),
+    "combine": Subject(
+        combine, "pace_nb/kernels/moe.py", "y[t] = sum over i of scale[t, i] C[place[t, i]]",
+        "I 2^-24 sum |scale C|", ("T", "I", "N"), ("float32",), make_combine,
+        ((3, 4, 64), (5, 2, 33), (2, 1, 781)), ((1, 1, 1), (1823, 4, 65), (7, 8, 4096)),
+        {"t": 1, "n": VECTOR},
+    ),
+    "quant": Subject(
+        grouped_gemm_mxfp4, "pace_nb/kernels/quant.py",
+        "C[r] = A[r] W[expert(r)]^T + bias[expert(r)], W = e2m1(code) 2^(scale - 127)", "as gemm",
+        ("X", "R", "N", "K"), ("bfloat16",), make_quant,
+        ((4, 5, 64, 64), (3, 20, 130, 32), (8, 40, 70, 96)),
+        ((1, 1, 1, 32), (32, 128, 65, 64), (2, 50, 100, 4096)), {"r": 1, "n": NR},
+    ),
+    "kv_write": Subject(
+        written, "pace_nb/kernels/kv_write.py", "keys and values, written and read again",
+        "exact; BF16 2^-8 |y|, one rounding", ("T", "KVH", "D"), BOTH, make_kv_write,
+        ((5, 2, 16), (33, 1, 34), (40, 2, 80)), ((1, 1, 2), (16, 8, 128), (1823, 3, 96)),
+        {"k or v": 1, "t": 16, "h": 1, "d": VECTOR},
+    ),
+    "sampling": Subject(
+        distribution, "pace_nb/kernels/sampling.py",
+        "p = weight / total, weight = floor(2^40 e^x), x = (l - largest) / temperature, top_k 50",
+        "of a weight 2^-22 + 2^-23 |x| relative and 2^-40 of the largest, and so of their total",
+        ("R", "V"), ("float32",), make_sampling, ((3, 64), (5, 781), (2, 4099)),
+        ((1, 1), (17, 50), (4, 128_256)), {"r": 1, "v": VECTOR},
+    ),
 }  # fmt: skip
 
 
 MOST = 2**28  # product of all sizes
 MOST_ELEMENTS = 2**24  # of a result: float64, several times over
+ROWS_OF_HEADS = (("T", "H", "D"), ("T", "KVH", "D"))
 
 
 def make(subject: Subject, sizes: Sizes, dtype: str, seed: int, nan: bool) -> Case:
@@ -288,7 +175,7 @@ def make(subject: Subject, sizes: Sizes, dtype: str, seed: int, nan: bool) -> Ca
         raise ValueError(f"{len(sizes)} sizes, expected {len(subject.axes)}")
     if min(sizes) < 1:
         raise ValueError("a size below 1")
-    most = MOST if len(sizes) > 2 and subject.axes != ("T", "H", "D") else MOST_ELEMENTS
+    most = MOST if len(sizes) > 2 and subject.axes not in ROWS_OF_HEADS else MOST_ELEMENTS
     if math.prod(sizes) > most:
         raise ValueError(f"too large to be checked: the product of sizes may be {most}")
     if subject.axes == ("T", "H", "D") and sizes[2] % 2:

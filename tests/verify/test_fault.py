@@ -70,8 +70,9 @@ def test_every_fault_and_every_kernel_has_a_plant():
 @pytest.mark.parametrize("pair", PLANTS, ids=":".join)
 def test_quick_grid_shows_the_fault_and_only_with_it(pair):
     kernel, fault = pair
-    assert all(result.holds for result in verify(kernel, dtype="float32"))
-    results = list(verify(kernel, dtype="float32", fault=fault))
+    dtype = SUBJECTS[kernel].dtypes[0]
+    assert all(result.holds for result in verify(kernel, dtype=dtype))
+    results = list(verify(kernel, dtype=dtype, fault=fault))
     assert not all(result.holds for result in results)
     assert {result.fault for result in results} == {fault}
 
