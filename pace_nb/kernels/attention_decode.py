@@ -120,6 +120,7 @@ def _attend_kernel(
     num_splits,
     sequences,
     sizes,
+    sign,
     scale,
     top,
     total,
@@ -148,7 +149,9 @@ def _attend_kernel(
                         if has_turn(piece, w, workers):
                             if not gathered:
                                 start = (q0 + t) * token_stride + h * group * head_stride
-                                gather_rows(q, start, token_stride, head_stride, n, group, d, own)
+                                gather_rows(
+                                    q, start, token_stride, head_stride, n, group, d, sign, own
+                                )
                                 gathered = True
                             attend_split(
                                 own,
@@ -197,7 +200,7 @@ def _fold_kernel(
     size = len(work) // workers
     for w in prange(workers):
         own = work[w * size : w * size + size]
-        row_top, row_total, row_values = own[:1], own[1:2], own[16:]
+        row_top, row_total, row_values = own[:1], own[16:32], own[32:]
         piece, turn = 0, 0
         for b in sequences:
             q0, queries = cu_seqlens_q[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b]
@@ -255,6 +258,7 @@ def attend(
             planned.num_splits,
             planned.sequences,
             planned.sizes,
+            given.sign,
             given.scale,
             planned.top,
             planned.total,

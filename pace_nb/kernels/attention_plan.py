@@ -18,13 +18,14 @@ from pace_nb.kernels import jit
 from pace_nb.kernels.arrays import STORAGE, Array, ascends, in_range, require, writable
 from pace_nb.kernels.attention_rows import (
     KEY_BLOCK,
-    MR,
+    PASS,
     ROWS,
     SPLIT,
     WORDS,
     WORK,
     batch_attention_ref,
 )
+from pace_nb.kernels.exp import LOG2_E
 from pace_nb.kernels.kv_write import UNIT, KVPool
 
 # Places in `Plan.sizes`, the numbers that both kernels take as one array.
@@ -49,7 +50,7 @@ class Plan(NamedTuple):
     sizes: Array  # [NUM_SIZES]: see the constants
     key_bytes: int  # of the keys and values that are seen, each once
     top: Array  # scratch f32: m of a task's rows
-    total: Array  # l
+    total: Array  # l, in 16 partial sums
     values: Array  # o
     storage: Array  # scratch in `dtype`: query rows and weights of each worker
     work: Array  # scratch f32 [workers, WORK]
@@ -145,10 +146,10 @@ def plan(
         sizes,
         int((contexts - first)[sequences].sum()) * kv_heads * 2 * d * pool.k.itemsize,
         np.empty(kept, np.float32),
-        np.empty(kept, np.float32),
+        np.empty(kept * 16, np.float32),
         np.empty(kept * padded, np.float32),
-        np.empty(workers * (rows * d + MR * KEY_BLOCK), pool.k.dtype),
-        np.empty(workers * max(WORK, 16 + padded), np.float32),
+        np.empty(workers * (rows * d + PASS * KEY_BLOCK), pool.k.dtype),
+        np.empty(workers * max(WORK, 32 + padded), np.float32),
         np.empty(workers * WORDS, np.int64),
     )
 
@@ -159,7 +160,8 @@ class Operands(NamedTuple):
     q: Array  # writable, last axis contiguous
     k: Array  # flat
     v: Array  # flat
-    scale: float
+    sign: float  # of the scale: -1, 1, or 0
+    scale: float  # its size times log2 e; 1 where the scale is 0
     sinks: Array  # f32 [H], or of size 0
     out: Array  # [T, H, D] contiguous
 
@@ -191,7 +193,16 @@ def operands(
         writable(kernel, "out", out)
     if not q.flags.writeable:
         q = q.copy()
-    return Operands(q, pool.k.reshape(-1), pool.v.reshape(-1), float(scale), sinks, out)
+    sign = float(np.sign(scale))
+    return Operands(
+        q,
+        pool.k.reshape(-1),
+        pool.v.reshape(-1),
+        sign,
+        min(abs(float(scale)) * LOG2_E, _LARGEST) if sign else 1.0,
+        sinks,
+        out,
+    )
 
 
 def planned_ref(given: Plan, q: Array, pool: KVPool, scale: float, sinks: Array | None) -> Array:

@@ -60,7 +60,6 @@ from pace_nb.kernels.attention_rows import (
     WORK,
     attend_split,
     batch_attention_ref,
-    clear_rows,
     finish_row,
     first_key,
     fold_row,
@@ -121,6 +120,7 @@ def _attend_kernel(
     contexts,
     sequences,
     sizes,
+    sign,
     scale,
     sinks,
     out,
@@ -141,10 +141,8 @@ def _attend_kernel(
     for w in prange(workers):
         own = storage[w * size : w * size + size]
         p = own[rows * d :]
-        # This worker's rows of m, l, o: first those of a split, then those of all splits so far.
-        split_top, whole_top = top[2 * w * rows :], top[(2 * w + 1) * rows :]
-        split_total, whole_total = total[2 * w * rows :], total[(2 * w + 1) * rows :]
-        split_values, whole_values = values[2 * w * rows * dp :], values[(2 * w + 1) * rows * dp :]
+        # This worker's rows of m, l, o: first those of all splits so far, then those of a split.
+        whole, apart = 2 * w * rows, (2 * w + 1) * rows
         piece = 0
         for b in sequences:
             q0, queries = cu_seqlens_q[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b]
@@ -153,10 +151,9 @@ def _attend_kernel(
                     if has_turn(piece, w, workers):
                         n, position = min(tokens, queries - t), contexts[b] - queries + t
                         start = (q0 + t) * token_stride + h * group * head_stride
-                        gather_rows(q, start, token_stride, head_stride, n, group, d, own)
-                        clear_rows(whole_top, whole_total, whole_values, 0, n * group, dp)
-                        low = first_key(position, window, chunk)
-                        for split in range(low // SPLIT, (position + n - 1) // SPLIT + 1):
+                        gather_rows(q, start, token_stride, head_stride, n, group, d, sign, own)
+                        first = first_key(position, window, chunk) // SPLIT
+                        for split in range(first, (position + n - 1) // SPLIT + 1):
                             attend_split(
                                 own,
                                 k,
@@ -177,29 +174,28 @@ def _attend_kernel(
                                 words[w * WORDS : (w + 1) * WORDS],
                                 work[w * WORK : w * WORK + WORK],
                                 p,
-                                split_top,
-                                split_total,
-                                split_values,
-                                0,
+                                top,
+                                total,
+                                values,
+                                whole if split == first else apart,
                             )
-                            for r in range(n * group):
-                                fold_row(
-                                    whole_top,
-                                    whole_total,
-                                    whole_values,
-                                    r,
-                                    split_top,
-                                    split_total,
-                                    split_values,
-                                    r,
-                                    dp,
-                                )
+                            if split > first:
+                                for r in range(n * group):
+                                    fold_row(
+                                        top,
+                                        total,
+                                        values,
+                                        whole + r,
+                                        top,
+                                        total,
+                                        values,
+                                        apart + r,
+                                        dp,
+                                    )
                         for r in range(n * group):
                             head = h * group + r % group
                             y0 = ((q0 + t + r // group) * kv_heads * group + head) * d
-                            finish_row(
-                                whole_top, whole_total, whole_values, r, sinks, head, out, y0, d, dp
-                            )
+                            finish_row(top, total, values, whole + r, sinks, head, out, y0, d, dp)
                     piece += 1
 
 
@@ -235,6 +231,7 @@ def attend(
             planned.contexts,
             planned.sequences,
             planned.sizes,
+            given.sign,
             given.scale,
             given.sinks,
             given.out.reshape(-1),

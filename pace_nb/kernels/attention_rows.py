@@ -3,6 +3,7 @@
     s[j] = scale * (q . k[j])         for the keys j that the row sees: j <= position < j + window,
                                       or j <= position in the row's own chunk of positions
     m = max s,  l = sum exp(s - m),  o = sum exp(s - m) v[j]      online, KEY_BLOCK keys at a time
+                                      (as powers of 2: s and m carry a factor log2 e)
     out = o / l, after splits are folded in index order; a sink adds exp(sink - m) to l alone
 
 This is the arithmetic that decode and prefill kernels share, so that the bits of a row depend on
@@ -14,18 +15,23 @@ beside it, on chunking, on where the cache put its units, on threads.
 | q          | [rows, D]       | BF16, f32 | of one key/value head: token t, head g at t G + g    |
 | k, v       | see kv_write.py | BF16, f32 | a pool; units of 16 keys are operands of tile_dot    |
 | table      | [X]             | int64     | one sequence's row of the block table                |
-| top, total | [rows]          | f32       | m and l                                              |
+| top        | [rows]          | f32       | m                                                    |
+| total      | [rows, 16]      | f32       | l in parts: part i is of the keys j = i mod 16       |
 | values     | [rows, Dp]      | f32       | o; Dp = D rounded up to 16, nothing beyond D is used |
 
 How: scores of 64 keys are a tile of up to 6 rows by 4 vectors, one vector per unit, in D / S steps;
-values are a tile of up to 6 rows by 64 columns, in one step per pair of keys. A block of keys that
-all rows see whole takes whole tiles. Of a block that some row sees in part, a tile multiplies the
-pairs that all its rows see, and each row by itself the pairs that it sees beyond them; a lone key,
-whose partner in its pair is hidden, is added after them. No hidden value is ever multiplied, be it
-a NaN, and the order of a row's additions depends on its own keys alone.
+values are a tile of up to 6 rows by 64 columns, in one step per pair of keys. Between them the
+weights of two tiles are made at once: their maxima come from the tiles in registers, and from then
+on no row waits for another, nor a lane for its neighbour.
+    A block of keys that all rows see whole takes whole tiles. Of a block that some row sees in
+part, a tile multiplies the pairs that all its rows see, and each row by itself the pairs that it
+sees beyond them; a lone key, whose partner in its pair is hidden, is added after them. No hidden
+value is ever multiplied, be it a NaN, and the order of a row's additions depends on its own keys
+alone.
 Error: with w = softmax weights and e = (D + 2) 2^-24 scale max |q|.|k|, a score's error, in f32:
-    |out - exact| <= w.|v| (4 e + (min(S, SPLIT) + S/8 + 64) 2^-24). BF16 adds 2^-8 w.|v|, as the
-    weights are rounded for the second product (their sum is not), and 2^-8 |out|.
+    |out - exact| <= w.|v| (4 e + (min(S, SPLIT) + S/8 + 64) 2^-24); 4 e has room for the rounding
+    of scale log2 e, and 64 for exp2. BF16 adds 2^-8 w.|v|, as the weights are rounded for the
+    second product (their sum is not), and 2^-8 |out|.
 Cautions: a NaN or infinity in a key or value reaches the rows that see it and no other. BF16 dot
     products take denormals for zero where the CPU has the instruction (lanes.py).
 Source: Milakov and Gimelshein 2018 (online softmax), Dao et al. 2022 (FlashAttention), Xiao et al.
@@ -43,7 +49,7 @@ import numpy as np
 from pace_nb.kernels import jit
 from pace_nb.kernels.arrays import Array
 from pace_nb.kernels.bf16 import widen
-from pace_nb.kernels.exp import exp
+from pace_nb.kernels.exp import LOG2_E, exp2
 from pace_nb.kernels.kv_write import UNIT, KVPool, kv_gather_ref
 from pace_nb.kernels.lanes import (
     fma,
@@ -63,6 +69,7 @@ from pace_nb.kernels.tiles import (
     tile_dot,
     tile_dot_apart,
     tile_load,
+    tile_row_maxima,
     tile_scale_rows,
     tile_store,
     tile_zeros,
@@ -80,10 +87,15 @@ SPLIT = 512
 ROWS = 96  # query rows of a task, about: they share each read of K and V; 16 tiles of 6 or 24 of 4
 FLOOR = -3.4028234663852886e38  # m before any key: finite, as -inf - -inf is NaN
 
-# Scratch of a thread, float32: scores [6, 64], then for 6 rows (padded to 16) m, sum of p, alpha.
-NEW, SUM, ALPHA, WORK = 384, 400, 416, 432
-# And int64: where the words of this block and of the next begin, then the spans of 6 rows.
-WORDS = 2 * KEY_BLOCK + 2 * MR
+# Rows of a pass: the scores of two tiles, then the weights of all their rows, then two tiles of
+# values. What one row waits for (its maximum, from 64 lanes) another's work hides.
+PASS = 2 * MR
+# Scratch of a thread, float32: scores [12, 64], then for 12 rows the largest score of the block
+# (a tile of 6 writes 16 lanes), -m and alpha.
+TOPS = PASS * KEY_BLOCK
+SHIFT, ALPHA, WORK = TOPS + 32, TOPS + 48, TOPS + 64
+# And int64: where the words of this block and of the next begin, then the spans of 12 rows.
+WORDS = 2 * KEY_BLOCK + 2 * PASS
 
 
 # ---- definitions ---------------------------------------------------------------------------------
@@ -146,42 +158,50 @@ def batch_attention_ref(
 
 
 # ---- a tile of rows against one block of keys ----------------------------------------------------
+# Tiles of fewer rows than MR ask for the next block while they compute: they wait for memory. For a
+# whole tile, which multiplies each line six times, asking costs more than it brings (LOG.md).
 def _score_tile(mr):
     """The device function for `mr` rows; every size is its own type of tile, held in registers."""
+    asks = mr < MR
 
     @jit.device_fn
-    def scores(q, q0, d, k, k0, later, work):
-        # work [mr, 64] = q [mr, D] at q0 . keys of a block; unit j [D/S, 16, S] begins at k0[j],
-        # that of the next block at later[j].
+    def scores(q, q0, d, k, k0, later, work, i):
+        # Rows i .. i + mr of work [12, 64] = q [mr, D] at q0 . keys of a block, and their maxima;
+        # unit j [D/S, 16, S] begins at k0[j], that of the next block at later[j].
         s = per_word(q)
         steps = d // s
         acc = tile_zeros(mr, 4)
         for j in range(4):
             ahead = later[j]
             for x in range(j * steps // 4, (j + 1) * steps // 4):
-                for i in range(4):
-                    prefetch(k, ahead + i * 16 * s)
-                ahead += 64 * s
+                if asks:
+                    for line in range(4):
+                        prefetch(k, ahead + line * 16 * s)
+                    ahead += 64 * s
                 acc = tile_dot_apart(acc, q, q0 + x * s, d, k, k0, x * 16 * s)
-        tile_store(acc, work, 0, KEY_BLOCK)
+        tile_store(acc, work, i * KEY_BLOCK, KEY_BLOCK)
+        store(work, TOPS + i, tile_row_maxima(acc))
 
     return scores
 
 
 def _value_tile(nv, mr):
     """The device function for `mr` rows and 16 `nv` columns of the values."""
+    asks = mr < MR
 
     @jit.device_fn
-    def add_values(p, p0, v, dp, column, words, first, end, work, values, o0):
-        # values [mr, Dp] at o0 = alpha values + p [mr, 64] at p0 V, over words first .. end of the
-        # block (a word is S keys of one column); the words of all columns [Dp, S] begin at
-        # words[x], those of the next block at words[64 + x].
+    def add_values(p, i, v, dp, column, words, first, end, work, values, o0):
+        # values [mr, Dp] at o0 = alpha values + p V, for rows i .. i + mr of p [12, 64] and words
+        # first .. end of the block (a word is S keys of one column); the words of all columns
+        # [Dp, S] begin at words[x], those of the next block at words[64 + x].
         s = per_word(v)
-        acc = tile_scale_rows(tile_load(mr, nv, values, o0 + column, dp), work, ALPHA)
+        acc = tile_scale_rows(tile_load(mr, nv, values, o0 + column, dp), work, ALPHA + i)
+        p0 = i * KEY_BLOCK
         for x in range(first, end):
-            ahead = words[KEY_BLOCK + x] + column * s
-            for i in range(nv):
-                prefetch(v, ahead + 16 * i * s)
+            if asks:
+                ahead = words[KEY_BLOCK + x] + column * s
+                for line in range(nv):
+                    prefetch(v, ahead + 16 * line * s)
             acc = tile_dot(acc, p, p0 + x * s, KEY_BLOCK, v, words[x] + column * s, 16 * s)
         tile_store(acc, values, o0 + column, dp)
 
@@ -211,65 +231,66 @@ _add_64_columns, _add_16_columns = (_by_rows(partial(_value_tile, nv)) for nv in
 
 
 @jit.device_fn
-def _hide(mr, spans, scale, work):
-    """Scores [mr, 64], scaled; outside a row's keys first .. end -inf: their weights become 0."""
-    hidden, factor = splat(-np.inf), splat(scale)
-    for i in range(mr):
+def _hide(rows, spans, work):
+    """Scores of the pass outside a row's keys first .. end become -inf, and leave its maximum."""
+    hidden = splat(-np.inf)
+    for i in range(rows):
         first, end = spans[2 * i], spans[2 * i + 1]
+        largest = hidden
         for key in range(0, KEY_BLOCK, 16):
             at = i * KEY_BLOCK + key
-            store(work, at, keep_lanes(load(work, at) * factor, first - key, end - key, hidden))
+            seen = keep_lanes(load(work, at), first - key, end - key, hidden)
+            store(work, at, seen)
+            largest = maximum(largest, seen)
+        work[TOPS + i] = reduce_max(largest)
 
 
 @jit.device_fn
-def _softmax_rows(mr, scale, work, p, top, total, r):
-    """p [mr, 64] = exp(scale scores - m), rounded to storage.
+def _softmax_rows(rows, scale, work, p, top, total, r):
+    """p [rows, 64] = 2^(scale scores - m), rounded to storage.
 
-    Rows r .. r + mr of top and total (m and l) take these keys in; alpha = exp(old m - new m) goes
-    to `work`, for the values.
+    Rows r .. r + rows of top and total (m and l) take these keys in; alpha = 2^(old m - new m) goes
+    to `work`, for the values. scale is that of the logits times log2 e.
     """
     factor = splat(scale)
-    for i in range(mr):
-        at = i * KEY_BLOCK
+    old = load_tail(top, r, rows)
+    # A NaN may be lost among the maxima, but exp2 keeps it: the sum and the values become NaN.
+    new = maximum(old, load(work, TOPS) * factor)
+    store_tail(top, r, new, rows)
+    store(work, SHIFT, -new)
+    store(work, ALPHA, exp2(old - new))
+    for i in range(rows):
+        at, lanes = i * KEY_BLOCK, (r + i) * 16
+        shift = splat(work[SHIFT + i])
         s0, s1 = load(work, at) * factor, load(work, at + 16) * factor
         s2, s3 = load(work, at + 32) * factor, load(work, at + 48) * factor
-        block_top = reduce_max(maximum(maximum(s0, s1), maximum(s2, s3)))
-        # The comparison loses a NaN, but exp keeps it: the sum and the values become NaN.
-        new = block_top if block_top > top[r + i] else top[r + i]
-        shift = splat(new)
-        s0, s1, s2, s3 = exp(s0 - shift), exp(s1 - shift), exp(s2 - shift), exp(s3 - shift)
-        work[NEW + i] = new
-        work[SUM + i] = reduce_add((s0 + s1) + (s2 + s3))
+        s0, s1, s2, s3 = exp2(s0 + shift), exp2(s1 + shift), exp2(s2 + shift), exp2(s3 + shift)
+        sums = fma(load(total, lanes), splat(work[ALPHA + i]), (s0 + s1) + (s2 + s3))
+        store(total, lanes, sums)
         store_operand(p, at, s0)
         store_operand(p, at + 16, s1)
         store_operand(p, at + 32, s2)
         store_operand(p, at + 48, s3)
-    new_top = load_tail(work, NEW, mr)
-    alpha = exp(load_tail(top, r, mr) - new_top)
-    store(work, ALPHA, alpha)
-    store_tail(top, r, new_top, mr)
-    new_total = fma(load_tail(total, r, mr), alpha, load_tail(work, SUM, mr))
-    store_tail(total, r, new_total, mr)
 
 
 @jit.device_fn
-def _add_values(mr, p, p0, v, dp, words, first, end, work, values, o0):
+def _add_values(mr, p, i, v, dp, words, first, end, work, values, o0):
     """All columns of the values: groups of 64, then of 16, as 6 rows of 16 keep the units busy."""
     whole = dp // 64 * 64
     for c in range(0, whole, 64):
-        _add_64_columns(mr, p, p0, v, dp, c, words, first, end, work, values, o0)
+        _add_64_columns(mr, p, i, v, dp, c, words, first, end, work, values, o0)
     for c in range(whole, dp, 16):
-        _add_16_columns(mr, p, p0, v, dp, c, words, first, end, work, values, o0)
+        _add_16_columns(mr, p, i, v, dp, c, words, first, end, work, values, o0)
 
 
 @jit.device_fn
-def _scale_values(mr, work, values, o0, dp):
-    """values [mr, Dp] at o0 times alpha, which is 1 from then on."""
+def _scale_values(t, mr, work, values, o0, dp):
+    """values [mr, Dp] at o0, rows t .. t + mr of the pass, times alpha, which is 1 from then on."""
     for i in range(mr):
-        alpha = splat(work[ALPHA + i])
+        alpha = splat(work[ALPHA + t + i])
         for at in range(o0 + i * dp, o0 + (i + 1) * dp, 16):
             store(values, at, load(values, at) * alpha)
-        work[ALPHA + i] = 1.0
+        work[ALPHA + t + i] = 1.0
 
 
 @jit.device_fn
@@ -288,34 +309,34 @@ def _add_lone_value(p, p0, key, v, dp, words, values, o0):
 
 
 @jit.device_fn
-def _add_before(mr, p, v, dp, words, spans, work, values, o0):
+def _add_before(t, mr, p, v, dp, words, spans, work, values, o0):
     """The values that only some rows see, before words begin .. stop that all see; returns these.
 
-    Row i sees keys spans[2 i] .. spans[2 i + 1].
+    Rows t .. t + mr of the pass; row i sees keys spans[2 i] .. spans[2 i + 1].
     """
     s = per_word(v)
     begin, stop = 0, KEY_BLOCK // s
-    for i in range(mr):
+    for i in range(t, t + mr):
         begin = max(begin, (spans[2 * i] + s - 1) // s)
         stop = min(stop, spans[2 * i + 1] // s)
-    _scale_values(mr, work, values, o0, dp)
-    for i in range(mr):
+    _scale_values(t, mr, work, values, o0, dp)
+    for i in range(t, t + mr):
         first, end = (spans[2 * i] + s - 1) // s, min(begin, spans[2 * i + 1] // s)
         if first < end:
-            at = o0 + i * dp
-            _add_values(1, p, i * KEY_BLOCK, v, dp, words, first, end, work, values, at)
+            at = o0 + (i - t) * dp
+            _add_values(1, p, i, v, dp, words, first, end, work, values, at)
     return begin, max(begin, stop)
 
 
 @jit.device_fn
-def _add_after(mr, stop, p, v, dp, words, spans, work, values, o0):
+def _add_after(t, mr, stop, p, v, dp, words, spans, work, values, o0):
     """The values that only some rows see, from word `stop`, then each row's lone keys."""
     s = per_word(v)
-    for i in range(mr):
-        key, end, at = spans[2 * i], spans[2 * i + 1], o0 + i * dp
+    for i in range(t, t + mr):
+        key, end, at = spans[2 * i], spans[2 * i + 1], o0 + (i - t) * dp
         first = max(stop, (key + s - 1) // s)
         if first < end // s:
-            _add_values(1, p, i * KEY_BLOCK, v, dp, words, first, end // s, work, values, at)
+            _add_values(1, p, i, v, dp, words, first, end // s, work, values, at)
         if key % s and key < end:
             _add_lone_value(p, i * KEY_BLOCK, key, v, dp, words, values, at)
         if end % s and key < end:
@@ -330,15 +351,15 @@ def unit_number(table, t0, units_per_block, unit):
 
 
 @jit.device_fn
-def gather_rows(q, q0, token_stride, head_stride, tokens, group, d, rows):
-    """q of `tokens` tokens and `group` heads into rows [tokens * group, D]."""
-    whole = d // 16 * 16
+def gather_rows(q, q0, token_stride, head_stride, tokens, group, d, sign, rows):
+    """q of `tokens` tokens and `group` heads, times `sign`, into rows [tokens * group, D]."""
+    whole, sign = d // 16 * 16, splat(sign)
     for t in range(tokens):
         for g in range(group):
             source, target = q0 + t * token_stride + g * head_stride, (t * group + g) * d
             for i in range(0, whole, 16):
-                store(rows, target + i, load(q, source + i))
-            last = load_tail(q, source + whole, d - whole)
+                store(rows, target + i, load(q, source + i) * sign)
+            last = load_tail(q, source + whole, d - whole) * sign
             store_tail(rows, target + whole, last, d - whole)
 
 
@@ -347,7 +368,7 @@ def clear_rows(top, total, values, r0, rows, dp):
     """m, l, o of no keys at all, for `rows` rows from row r0."""
     for r in range(r0, r0 + rows):
         top[r] = FLOOR
-        total[r] = 0.0
+        store(total, r * 16, splat(0.0))
         for c in range(r * dp, r * dp + dp, 16):
             store(values, c, splat(0.0))
 
@@ -377,6 +398,12 @@ def _locate(head, table, t0, units_per_block, block, near, far, d, dp, s, words,
         words[w0 + x + 32 // s] = (u2 * 16 // s + x) * dp * s
         words[w0 + x + 48 // s] = (u3 * 16 // s + x) * dp * s
     return u0 * 16 * d, u1 * 16 * d, u2 * 16 * d, u3 * 16 * d
+
+
+@jit.device_fn
+def _height(rows):
+    """Rows of the next tile, of so many that are left."""
+    return MR if rows >= MR else 4 if rows >= 4 else 2 if rows >= 2 else 1
 
 
 @jit.device_fn
@@ -456,50 +483,61 @@ def attend_split(
         whole = position + 1 >= block + KEY_BLOCK and last_first <= block
         r, rows = 0, tokens * group
         while r < rows:
-            left = rows - r
-            mr = MR if left >= MR else 4 if left >= 4 else 2 if left >= 2 else 1
-            o0 = (r0 + r) * dp
-            if whole or _find_spans(mr, r, group, position, block, window, chunk, spans):
-                _scores(mr, q, r * d, d, k, k0, later, work)
-                factor, begin, stop = scale, 0, KEY_BLOCK // s
+            n = min(PASS, rows - r)
+            if whole or _find_spans(n, r, group, position, block, window, chunk, spans):
+                t = 0
+                while t < n:
+                    mr = _height(n - t)
+                    _scores(mr, q, (r + t) * d, d, k, k0, later, work, t)
+                    t += mr
                 if not whole:
-                    _hide(mr, spans, scale, work)
-                    factor = 1.0
-                _softmax_rows(mr, factor, work, p, top, total, r0 + r)
-                if not whole:
-                    begin, stop = _add_before(mr, p, v, dp, words, spans, work, values, o0)
-                if begin < stop:
-                    _add_values(mr, p, 0, v, dp, words, begin, stop, work, values, o0)
-                if not whole:
-                    _add_after(mr, stop, p, v, dp, words, spans, work, values, o0)
-            r += mr
+                    _hide(n, spans, work)
+                _softmax_rows(n, scale, work, p, top, total, r0 + r)
+                t = 0
+                while t < n:
+                    mr, o0 = _height(n - t), (r0 + r + t) * dp
+                    begin, stop = 0, KEY_BLOCK // s
+                    if not whole:
+                        begin, stop = _add_before(t, mr, p, v, dp, words, spans, work, values, o0)
+                    if begin < stop:
+                        _add_values(mr, p, t, v, dp, words, begin, stop, work, values, o0)
+                    if not whole:
+                        _add_after(t, mr, stop, p, v, dp, words, spans, work, values, o0)
+                    t += mr
+            r += n
 
 
 @jit.device_fn
 def fold_row(top, total, values, r, split_top, split_total, split_values, i, dp):
-    """Add row i of a split's m, l, o to row r of top, total, values. In index order of splits."""
-    if split_total[i] == 0.0:  # the row sees no key of this split
+    """Add row i of a split's m, l, o to row r of top, total, values. In index order of splits.
+
+    What is added to nothing is taken as it is, so a first split may also be computed in place.
+    """
+    sums, lanes = load(split_total, i * 16), r * 16
+    if reduce_add(sums) == 0.0:  # the row sees no key of this split
         return
+    first = reduce_add(load(total, lanes)) == 0.0
     old, other = splat(top[r]), splat(split_top[i])
     new = maximum(old, other)
-    alpha, beta = exp(old - new), exp(other - new)
+    alpha, beta = exp2(old - new), exp2(other - new)
     store_tail(top, r, new, 1)
-    store_tail(total, r, fma(splat(total[r]), alpha, splat(split_total[i]) * beta), 1)
+    store(total, lanes, sums if first else fma(load(total, lanes), alpha, sums * beta))
     for c in range(0, dp, 16):
-        added = load(split_values, i * dp + c) * beta
-        store(values, r * dp + c, fma(load(values, r * dp + c), alpha, added))
+        added, at = load(split_values, i * dp + c), r * dp + c
+        store(values, at, added if first else fma(load(values, at), alpha, added * beta))
 
 
 @jit.device_fn
 def finish_row(top, total, values, r, sinks, head, out, y0, d, dp):
     """out [D] at y0 = o / l of row r, after the sink of query head `head` has joined (m, l)."""
-    alpha, denominator = splat(1.0), splat(total[r])
+    whole_total = reduce_add(load(total, r * 16))
+    alpha, denominator = splat(1.0), splat(whole_total)
     if sinks.size:
-        old, sink = splat(top[r]), splat(sinks[head])
+        old, sink = splat(top[r]), splat(sinks[head]) * splat(LOG2_E)
         new = maximum(sink, old)
-        alpha = exp(old - new)
-        denominator = fma(denominator, alpha, exp(sink - new))
-    if total[r] == 0.0:  # no key at all
+        alpha = exp2(old - new)
+        denominator = fma(denominator, alpha, exp2(sink - new))
+    if whole_total == 0.0:  # no key at all
         alpha, denominator = splat(0.0), splat(1.0)
     whole = d // 16 * 16
     for c in range(0, whole, 16):

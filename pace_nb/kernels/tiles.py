@@ -16,6 +16,7 @@ Notebook: 03 GEMM ladder. Ledger: lanes.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from numba import types
 from numba.extending import models, register_model
 
 from pace_nb.kernels.bf16 import as_f32, as_stored
+from pace_nb.kernels.lanes import maximum, reduce_max
 from pace_nb.kernels.llvm_body import (
     F32,
     F32X16,
@@ -40,6 +42,7 @@ from pace_nb.kernels.llvm_body import (
     emit_splat,
     emit_store_first,
     emit_vector_pointer,
+    f32x16,
     is_bf16_memory,
     is_memory,
     llvm_body,
@@ -182,6 +185,44 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
             k = i * tile.nv + j
             value = bld.insert_value(value, bld.fmul(bld.extract_value(value, k), factor), k)
     return value
+
+
+def tile_row_maxima(acc: np.ndarray) -> np.ndarray:
+    """f32x16: lane i is the largest element of row i, for up to 8 rows; a NaN may be lost.
+
+    The lanes beyond the rows begin with row 0 again.
+    """
+    largest = [reduce_max(functools.reduce(maximum, row.reshape(-1, W))) for row in acc]
+    return np.array([largest[i % 8 % len(acc)] for i in range(W)], np.float32)
+
+
+@llvm_body(
+    tile_row_maxima, lambda acc: f32x16 if isinstance(acc, TileType) and acc.mr <= 8 else None
+)
+def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    """Each step halves what is left of the rows and puts two of them into one vector: first within
+    quarters of a vector, where lanes move fastest."""
+    tile = sig.args[0]
+
+    def larger(a: Any, b: Any) -> Any:
+        return bld.select(bld.fcmp_ordered(">", a, b), a, b)
+
+    def halved(a: Any, b: Any, low: list[int], apart: int) -> Any:
+        indices = (low, [x + apart for x in low])
+        return larger(*(bld.shuffle_vector(a, b, ir.Constant(I32X16, x)) for x in indices))
+
+    rows: list[Any] = []
+    for i in range(8):
+        row = i % tile.mr * tile.nv
+        vectors = [bld.extract_value(args[0], row + j) for j in range(tile.nv)]
+        rows.append(rows[row // tile.nv] if i >= tile.mr else functools.reduce(larger, vectors))
+    quarters = range(0, W, 4)
+    low = [q + x for q in quarters for x in (0, W, 1, W + 1)]  # a0 b0 a1 b1, then a2 b2 a3 b3
+    rows = [halved(a, b, low, 2) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    low = [q + x for q in quarters for x in (0, 1, W, W + 1)]  # a b c d of each quarter
+    rows = [halved(a, b, low, 2) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    both = halved(rows[0], rows[1], [*range(8), *range(W, W + 8)], 8)
+    return halved(both, both, [*range(4), *range(8, 12)] * 2, 4)
 
 
 def tile_dot(

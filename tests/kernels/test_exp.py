@@ -11,7 +11,15 @@ from numba import prange
 from numpy.typing import NDArray
 
 from pace_nb.kernels import exp, jit
-from pace_nb.kernels.exp import exp_ref, normal_cdf, normal_cdf_ref, sigmoid, sigmoid_ref
+from pace_nb.kernels.exp import (
+    exp2,
+    exp2_ref,
+    exp_ref,
+    normal_cdf,
+    normal_cdf_ref,
+    sigmoid,
+    sigmoid_ref,
+)
 from pace_nb.kernels.lanes import load, store
 
 Array = NDArray[Any]
@@ -29,6 +37,8 @@ def _apply_kernel(x, y, n, which):
             store(y, 16 * i, exp_lanes(v))
         elif which == 1:
             store(y, 16 * i, sigmoid(v))
+        elif which == 3:
+            store(y, 16 * i, exp2(v))
         else:
             store(y, 16 * i, normal_cdf(v))
 
@@ -75,6 +85,20 @@ def test_exp_overflows_and_vanishes_where_it_should() -> None:
     bottom = np.float32(-150 * math.log(2))  # half of the smallest denormal, a tie that goes to 0
     around = [np.nextafter(bottom, np.float32(0)), np.nextafter(bottom, np.float32(-200))]
     np.testing.assert_array_equal(apply(0, around) > 0, [True, False])
+
+
+def test_exp2_is_within_three_ulp_and_exact_for_whole_powers() -> None:
+    x = inputs(-149.9, 126.9)
+    assert ulps(apply(3, x), exp2_ref(x)).max() <= 3.0
+    whole = np.arange(-149, 128, dtype=np.float32)
+    np.testing.assert_array_equal(apply(3, whole), np.float32(exp2_ref(whole)))
+
+
+def test_exp2_of_special_values() -> None:
+    nan, inf = math.nan, math.inf
+    given = [0.0, -0.0, -inf, nan, -nan, -151.0, -1e30, -3.4e38, 1e-45]
+    expected = [1.0, 1.0, 0.0, nan, nan, 0.0, 0.0, 0.0, 1.0]
+    np.testing.assert_array_equal(apply(3, given), np.float32(expected))
 
 
 @pytest.mark.skipif(jit.INTERPRETED, reason="a thousand times slower, and the same arithmetic")

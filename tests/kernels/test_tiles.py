@@ -12,6 +12,7 @@ from numba import prange
 
 from pace_nb.kernels import jit, tiles
 from pace_nb.kernels.bf16 import as_f32
+from pace_nb.kernels.lanes import store
 from pace_nb.kernels.llvm_body import W
 from pace_nb.kernels.tiles import (
     tile_dot,
@@ -19,6 +20,7 @@ from pace_nb.kernels.tiles import (
     tile_dot_pairs,
     tile_load,
     tile_load_tail,
+    tile_row_maxima,
     tile_scale_rows,
     tile_store,
     tile_store_tail,
@@ -106,6 +108,28 @@ def test_tiles(mr: int, nv: int, dtype: Any, out_type: Any) -> None:
         np.testing.assert_allclose(
             y[0, :, :n], exact, atol=1e-5, rtol=1e-5 if out_type == F32 else 2.0**-8
         )
+
+
+def maxima_kernel(mr: int, nv: int) -> Any:
+    @jit.kernel
+    def _maxima_kernel(y, x):
+        for _ in prange(1):
+            store(y, 0, tile_row_maxima(tile_load(mr, nv, x, 0, nv * W)))
+
+    return _maxima_kernel
+
+
+@pytest.mark.parametrize(("mr", "nv"), [(6, 4), (4, 4), (2, 1), (1, 4), (5, 3), (8, 2)])
+def test_row_maxima_are_those_of_each_row_wherever_they_lie(mr: int, nv: int) -> None:
+    kernel = maxima_kernel(mr, nv)
+    x = -np.random.default_rng(0).random((mr, nv * W)).astype(F32)  # below the zeros of `y`
+    x[0] = -np.inf
+    for lane in range(nv * W):
+        rows = np.arange(mr)
+        x[rows, (lane + 5 * rows) % (nv * W)] = 1.0 + rows + lane
+        y, expected = both(kernel, np.zeros(W, F32), x.reshape(-1))
+        np.testing.assert_array_equal(y[:mr], x.max(axis=1))
+        assert_bits(y, expected)
 
 
 @jit.kernel
