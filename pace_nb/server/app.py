@@ -196,7 +196,7 @@ def create_app(service: Service) -> ASGIApp:
         known = method if method in {"GET", "POST", "HEAD", "OPTIONS"} else "other"
         service.metrics.http(known, path if path in _HANDLERS else "other", status)
 
-    guarded: ASGIApp = Guard(inner, service.settings, observe)
+    guarded: ASGIApp = Guard(inner, service.settings, observe, service.turns)
     if service.settings.allowed_origins:
         guarded = CORSMiddleware(
             guarded,

@@ -170,7 +170,7 @@ class Exchange:
         self._num_prompts = num_prompts
         self._admission: Admission | None = None
         self._tickets: list[tuple[EngineClient, Ticket]] = []
-        self._watching: asyncio.Task[None] = asyncio.create_task(self._watch())
+        self._watching: asyncio.Task[None] | None = asyncio.create_task(self._watch())
 
     @property
     def keep_alive_interval(self) -> float:
@@ -193,8 +193,7 @@ class Exchange:
 
     def submit(self, prompts: list[Prompt], body: ChatBody | CompletionBody) -> None:
         """Give the prompts to engines. ApiError as from `Router.submit`."""
-        if self.mailbox.error is not None:  # the client went while its prompts were read
-            raise self.mailbox.error
+        self.mailbox.check()  # the client may have gone while its prompts were read
         arrival: float = self._request.scope["state"]["arrival_time"]
         for index, prompt in enumerate(prompts):
             try:
@@ -218,8 +217,7 @@ class Exchange:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self.mailbox.accepted.wait()
-        if self.mailbox.error is not None:
-            raise self.mailbox.error
+        self.mailbox.check()
 
     async def outputs(self) -> list[RequestOutput]:
         """All prompts' finished outputs. ApiError: the request failed."""
@@ -237,7 +235,9 @@ class Exchange:
 
     def close(self) -> None:
         """Take out what has not finished; twice is once."""
-        self._watching.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None  # its CancelledError holds frames that hold this: no cycle
         for engine, ticket in self._tickets:
             engine.abort(ticket)
         self._tickets.clear()

@@ -33,6 +33,7 @@ from pace_nb.errors import ApiError
 from pace_nb.server.answers import error_response
 from pace_nb.server.page import PAGE_PATHS
 from pace_nb.server.settings import Settings
+from pace_nb.server.turns import Turns
 
 _log = logging.getLogger("pace_nb.server.requests")
 
@@ -46,12 +47,18 @@ class Guard:
     """An ASGI app around another.
 
     observe: called with method, path and status of each request.
+    turns: requests wait in it before they begin, but for those of OPEN_PATHS.
     """
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, observe: Callable[[str, str, int], None]
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        observe: Callable[[str, str, int], None],
+        turns: Turns,
     ) -> None:
         self._app = app
+        self._turns = turns
         self._settings = settings
         self._observe = observe
         self._keys = [_digest(key.encode()) for key in settings.api_keys]
@@ -68,6 +75,8 @@ class Guard:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = time.monotonic()
+        if scope["path"] not in OPEN_PATHS:
+            await self._turns.wait()
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
         scope.setdefault("state", {})["request_id"] = request_id

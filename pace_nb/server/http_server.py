@@ -33,6 +33,7 @@ from pace_nb.openai_api.response_body import error_body
 from pace_nb.server.limits import Limits
 from pace_nb.server.service import Service
 from pace_nb.server.settings import Settings
+from pace_nb.server.turns import ACCEPTED
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class HttpServer(uvicorn.Server):
                 server_header=False,
                 timeout_keep_alive=limits.keep_alive_timeout,
                 h11_max_incomplete_event_size=limits.max_header_bytes,
-                backlog=BACKLOG,
+                backlog=ACCEPTED,  # asyncio accepts as many in one go; see `startup`
                 proxy_headers=False,
             )
         )
@@ -160,6 +161,12 @@ class HttpServer(uvicorn.Server):
             for task in self._tasks:
                 task.cancel()
             await self._service.stop()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, with room for more connections than are accepted in one go."""
+        await super().startup(sockets)
+        for one in sockets or ():
+            one.listen(BACKLOG)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -8,6 +8,8 @@ It is bounded all the same: beyond `max_bytes` the request fails.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from copy import copy
 from typing import Final, NamedTuple
 
 from pace_nb.errors import ApiError
@@ -24,15 +26,27 @@ class Progress(NamedTuple):
     num_tokens: int
 
 
+def _at_once(callback: Callable[[], object]) -> None:
+    callback()
+
+
 class Mailbox:
     """Of one HTTP request and its prompts, which are known by their index.
+
+    wake: is given what wakes the reader, to be called soon; None calls it at once. Many mailboxes
+        that get news together share one, so that their readers do not run in one go (turns.py).
 
     Attributes:
         accepted: Set once every prompt was accepted, or one has failed.
         progress: Of prompts that have begun and have no token yet.
     """
 
-    def __init__(self, num_prompts: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        num_prompts: int,
+        max_bytes: int,
+        wake: Callable[[Callable[[], object]], object] | None = None,
+    ) -> None:
         self.accepted = asyncio.Event()
         self.progress: dict[int, Progress] = {}
         self._num_to_accept = num_prompts
@@ -42,6 +56,8 @@ class Mailbox:
         self._news: dict[int, RequestOutput] = {}
         self._error: ApiError | None = None
         self._something = asyncio.Event()
+        self._wake = wake or _at_once
+        self._waking = False
 
     # ---- for engines ----
 
@@ -49,7 +65,7 @@ class Mailbox:
         """One prompt was accepted."""
         self._num_to_accept -= 1
         if self._num_to_accept <= 0:
-            self.accepted.set()
+            self._wake(self.accepted.set)
 
     def put(self, prompt_index: int, output: RequestOutput) -> None:
         """News of a prompt; too much that is not read is an error."""
@@ -63,14 +79,24 @@ class Mailbox:
         self._num_unfinished -= output.finished
         if self._num_bytes > self._max_bytes:
             self.fail(ApiError("the answer was read too slowly", status=503))
-        self._something.set()
+        self._tell()
 
     def fail(self, error: ApiError) -> None:
         """The request fails, all of it; the first reason is kept."""
         if self._error is None:
             self._error = error
         self._news.clear()
-        self.accepted.set()
+        self._wake(self.accepted.set)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wake the reader, once however much there is."""
+        if not self._waking:
+            self._waking = True
+            self._wake(self._told)
+
+    def _told(self) -> None:
+        self._waking = False
         self._something.set()
 
     # ---- for the request ----
@@ -79,6 +105,12 @@ class Mailbox:
     def error(self) -> ApiError | None:
         """Why it failed, once it has."""
         return self._error
+
+    def check(self) -> None:
+        """ApiError where it failed. A new one each time: the traceback of one that was kept would
+        hold the frames that hold this, and only the garbage collector could end that."""
+        if self._error is not None:
+            raise copy(self._error)
 
     async def get(self, timeout: float) -> list[tuple[int, RequestOutput]]:
         """The news of each prompt that has any: [] after `timeout` seconds without.
@@ -89,12 +121,12 @@ class Mailbox:
         if not self._news and self._error is None:
             try:
                 async with asyncio.timeout(timeout):
-                    await self._something.wait()
+                    while not self._news and self._error is None:  # woken for what is read already
+                        self._something.clear()
+                        await self._something.wait()
             except TimeoutError:
                 return []
-        self._something.clear()
-        if self._error is not None:
-            raise self._error
+        self.check()
         news, self._news, self._num_bytes = self._news, {}, 0
         return sorted(news.items())
 

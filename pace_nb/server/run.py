@@ -7,6 +7,7 @@ the engines load meanwhile.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 from pathlib import Path
@@ -19,6 +20,7 @@ from pace_nb.server.engine_client import EngineOptions
 from pace_nb.server.http_server import HttpServer, listen, url
 from pace_nb.server.service import Service
 from pace_nb.server.settings import Settings
+from pace_nb.server.turns import new_event_loop
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +40,8 @@ def run(
     logs.set_up(log_level, log_format)
     sockets = listen(settings)
     try:
-        return asyncio.run(_serve(settings, engine, max_num_seqs, sockets))
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            return runner.run(_serve(settings, engine, max_num_seqs, sockets))
     finally:
         for one in sockets:
             one.close()
@@ -52,6 +55,7 @@ async def _serve(
     service = Service(settings, engine, max_num_seqs)
     await service.start()
     server = HttpServer(create_app(service), service)
+    gc.freeze()  # modules live for ever: a collection need not look at them, 20 ms each time
     keys = f"{len(settings.api_keys)} API keys" if settings.api_keys else "no API key"
     reach = "this machine only" if settings.is_local else "reachable by others"
     _log.info("%s serves %s (%s, %s)", url(sockets), settings.served_model_names[0], reach, keys)

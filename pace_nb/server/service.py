@@ -22,6 +22,7 @@ from pace_nb.server.metrics import Metrics
 from pace_nb.server.router import Router
 from pace_nb.server.settings import Settings
 from pace_nb.server.topology import assign_cpus
+from pace_nb.server.turns import Turns
 from pace_nb.tokenizer import Tokenizer
 
 TICK: Final = 1.0  # seconds between looks at what has taken too long
@@ -39,7 +40,7 @@ class Service:
         max_num_seqs: Of one engine.
 
     Attributes:
-        router, metrics: As in their modules.
+        router, metrics, turns: As in their modules.
         created: Unix seconds of the start.
         message_format: How the model writes reasoning and tool calls.
         draining: No new requests are taken.
@@ -82,6 +83,7 @@ class Service:
         self.message_format = PLAIN
         self._tokenizer: Tokenizer | None = None
         self._readers = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="reader")
+        self.turns = Turns()
         self._mailboxes: set[Mailbox] = set()
         self._ticking: asyncio.Task[None] | None = None
 
@@ -168,7 +170,8 @@ class Service:
 
     def open_mailbox(self, num_prompts: int) -> Mailbox:
         """For a generation that begins; `close_mailbox` must follow."""
-        mailbox = Mailbox(num_prompts, self.settings.limits.max_mailbox_bytes)
+        most = self.settings.limits.max_mailbox_bytes
+        mailbox = Mailbox(num_prompts, most, self.turns.call_soon)
         self._mailboxes.add(mailbox)
         return mailbox
 

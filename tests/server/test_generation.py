@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -11,13 +13,17 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import openai
 import pytest
 
 from pace_nb.llm import LLM
 from pace_nb.sampling_params import SamplingParams
+from pace_nb.server.generation import Exchange
+from pace_nb.server.mailbox import Mailbox
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -657,3 +663,27 @@ def test_S29_the_server_connects_to_nobody(server):
                 for fields in (line.split() for line in list(lines)[1:]):
                     if f"socket:[{fields[9]}]" in inodes:
                         assert int(fields[1].rpartition(":")[2], 16) == server.port, fields
+
+
+def test_an_exchange_goes_without_the_garbage_collector():
+    """What each request leaves in a cycle stays for seconds, and finding it stops the server for
+    tens of milliseconds."""
+
+    async def main():
+        service = SimpleNamespace(
+            open_mailbox=lambda num: Mailbox(num, 1000), close_mailbox=lambda mailbox: None
+        )
+        exchange = Exchange(SimpleNamespace(receive=asyncio.Event().wait), service, 1)
+        await asyncio.sleep(0)  # it watches for the client's end
+        exchange.close()
+        exchange.close()
+        left = weakref.ref(exchange)
+        del exchange
+        await asyncio.sleep(0.01)
+        assert left() is None
+
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()

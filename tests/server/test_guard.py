@@ -11,6 +11,7 @@ import pytest
 from pace_nb.server.guard import Guard
 from pace_nb.server.page import PAGE_PATHS
 from pace_nb.server.settings import Settings
+from pace_nb.server.turns import Turns
 
 JSON = (b"content-type", b"application/json")
 
@@ -30,7 +31,7 @@ def ask(settings, *headers, path="/v1/models", method="GET", app=None, observe=l
         sent.append(message)
 
     scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
-    asyncio.run(Guard(app or behind, settings, observe)(scope, receive, send))
+    asyncio.run(Guard(app or behind, settings, observe, Turns())(scope, receive, send))
     body = b"".join(one.get("body", b"") for one in sent)
     return sent[0]["status"], dict(sent[0]["headers"]), body
 
@@ -130,8 +131,28 @@ def test_S32_websockets_are_closed():
     async def send(message):
         sent.append(message)
 
-    asyncio.run(Guard(None, KEYS, None)({"type": "websocket", "path": "/health"}, None, send))
+    guard = Guard(None, KEYS, None, Turns())
+    asyncio.run(guard({"type": "websocket", "path": "/health"}, None, send))
     assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_health_does_not_stand_in_line():
+    turns, asked = Turns(at_once=1), []
+
+    async def behind(scope, receive, send):
+        asked.append(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message): ...
+
+    async def main():
+        guard = Guard(behind, Settings(), lambda *_: None, turns)
+        paths = ["/v1/models", "/tokenize", "/metrics", "/health/live"]
+        scopes = [{"type": "http", "method": "GET", "path": path, "headers": []} for path in paths]
+        await asyncio.gather(*(guard(scope, None, send) for scope in scopes))
+
+    asyncio.run(main())
+    assert asked == ["/health/live", "/v1/models", "/tokenize", "/metrics"]
 
 
 def test_S32_the_real_server_in_disguises(tight):

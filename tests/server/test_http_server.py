@@ -48,6 +48,21 @@ def test_S20_headers_are_bounded(tight):
     assert tight.get("/health/live").status == 200
 
 
+def test_many_that_connect_at_once_are_all_answered(tight):
+    """A few are accepted in a turn of the loop; the others wait in the kernel, not in vain."""
+    os.kill(tight.process.pid, signal.SIGSTOP)
+    try:
+        crowd = [socket.create_connection((tight.host, tight.port), 10) for _ in range(35)]
+        for one in crowd:
+            one.sendall(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    finally:
+        os.kill(tight.process.pid, signal.SIGCONT)
+    for one in crowd:
+        closed, data = closed_within(one, 10)
+        one.close()
+        assert closed and data.startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
@@ -76,6 +78,50 @@ def test_the_first_failure_is_told_at_once_and_every_time():
             assert caught.value.status == 503
 
     asyncio.run(main())
+
+
+def test_its_reader_is_woken_once_for_all_that_came():
+    async def main():
+        given = []
+        mailbox = Mailbox(1, 1000, given.append)
+        mailbox.accept()
+        assert not mailbox.accepted.is_set()
+        reader = asyncio.create_task(mailbox.get(5))
+        await asyncio.sleep(0)
+        mailbox.put(0, news("a"))
+        mailbox.put(0, news("b"))
+        assert len(given) == 2  # that it was accepted, and the news
+        await asyncio.sleep(0.01)
+        assert not reader.done()
+        for one in given:
+            one()
+        ((_, output),) = await reader
+        assert mailbox.accepted.is_set() and output.outputs[0].text == "ab"
+        mailbox.put(0, news("c"))
+        assert await mailbox.get(5)  # before it is woken for them
+        given[-1]()
+        assert await mailbox.get(0.01) == []  # and then there is nothing: not at once, at the end
+        mailbox.put(0, news("d"))
+        assert len(given) == 4
+
+    asyncio.run(main())
+
+
+def test_a_failed_one_goes_without_the_garbage_collector():
+    async def main():
+        mailbox = Mailbox(1, 1000)
+        mailbox.fail(ApiError("first"))
+        with pytest.raises(ApiError, match="first"):
+            await mailbox.get(1)
+        with pytest.raises(ApiError, match="first"):
+            mailbox.check()
+        return weakref.ref(mailbox)
+
+    gc.disable()
+    try:
+        assert asyncio.run(main())() is None
+    finally:
+        gc.enable()
 
 
 def test_accepted_means_all_prompts():

@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import pace_nb
+from pace_nb.server import run
+from pace_nb.server.settings import Settings
 from tests.servers import READY_SECONDS, Server
 
 
 def fails(server):
     code = server.process.wait(60)
     return code, server.log().strip().splitlines()[-1]
+
+
+def test_the_collector_leaves_what_lives_for_ever(monkeypatch):
+    found = []
+
+    class Service:
+        fatal = None
+
+        def __init__(self, *options): ...
+        async def start(self): ...
+
+    class HttpServer:
+        exit_code = 0
+
+        def __init__(self, app, service): ...
+        async def serve(self, sockets):
+            found.append(gc.get_freeze_count())
+
+    monkeypatch.setattr(run, "Service", Service)
+    monkeypatch.setattr(run, "HttpServer", HttpServer)
+    monkeypatch.setattr(run, "create_app", lambda service: None)
+    monkeypatch.setattr(run.logs, "set_up", lambda *options: None)
+    before = gc.get_freeze_count()
+    try:
+        assert run.run(Settings(port=0), SimpleNamespace(), 1, "ERROR", "text") == 0
+    finally:
+        gc.unfreeze()
+    assert found[0] > before + 10_000
 
 
 def test_an_address_that_is_taken(start):

@@ -181,7 +181,7 @@ def test_R26_R40_a_crowd_that_leaves_nothing_behind(start, waiting):
         f"{found[name]:g} ({before[name]:g} before)"
         for name in ("process_open_fds", "pace_nb:server_tasks", "process_resident_memory_bytes")
     )
-    most = {share: health[int(share * (len(health) - 1))] for share in (0.5, 0.99, 1.0)}
+    most = {share: health[int(share * (len(health) - 1))] for share in (0.5, 0.9, 0.99, 1.0)}
     told = ", ".join(f"{100 * share:g} %: {1000 * value:.1f} ms" for share, value in most.items())
     sys.stdout.write(
         f"{dict(crowd.ends)}; /health/live {len(health)} times, {told}; files {files}; "
@@ -190,5 +190,7 @@ def test_R26_R40_a_crowd_that_leaves_nothing_behind(start, waiting):
     assert found["process_open_fds"] <= before["process_open_fds"] + 2
     assert found["pace_nb:server_tasks"] <= before["pace_nb:server_tasks"]
     assert found["process_resident_memory_bytes"] < 250 * 2**20
-    assert most[0.5] < 0.1  # all of them, on a machine that does nothing else: docs/ledger.md
+    # Of five minutes on a machine that does nothing else all of them; of ten seconds, whatever else
+    # runs on its cores, nine of ten (alone the longest takes 20 ms: docs/reliability.md).
+    assert most[1.0 if LONG else 0.9] < 0.1
     assert "Traceback" not in server.log()
