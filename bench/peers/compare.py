@@ -153,9 +153,9 @@ def interleave(
 def compared(case: str, unit: str, rounds: Rounds) -> dict[str, Any]:
     """One case of the result: medians, bests, and the ratios of pace_nb to each peer and the best.
 
-    Units of rates are better when higher, s and GB when lower.
+    Units of rates are better when higher, s, ms and GB when lower.
     """
-    higher = unit not in ("s", "GB")
+    higher = unit not in ("s", "ms", "GB")
     best = max if higher else min
 
     def ratio(ours: float, theirs: float) -> float:
