@@ -8,23 +8,46 @@ Knows the result schema and the two markers in the README. Measures nothing.
 A result file holds {"bench": name, "machine": {key: value}, "preempted": how often the scheduler
 took a CPU away meanwhile, "rows": [{"case", "value", "unit", "limit", "limit_unit", "share"}]}:
 `limit` was measured in the same process, `share` is how much of it was reached (1.0 is all). A
-table is never typed by hand, so it cannot drift from the files. `peers.json` has another form and a
-table of its own: {"engines": {name: facts}, "cases": [{"case", "unit", "median": {engine: value},
-"ratio": {peer: median over rounds of pace_nb against it}, "disturbed": [CPUs that others used]}]}
-(bench/peers/compare.py).
+table is never typed by hand, so it cannot drift from the files. Where `limit` is no limit of the
+machine but what the row is compared with, the row stands in a table that says so (COMPARED).
+`peers.json` has another form and a table of its own: {"engines": {name: facts}, "cases": [{"case",
+"unit", "median": {engine: value}, "ratio": {peer: median over rounds of pace_nb against it},
+"disturbed": [CPUs that others used]}]} (bench/peers/compare.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- results: begin (bench/readme_table.py writes what is between these marks) -->"
 END = "<!-- results: end -->"
+
+
+class Compared(NamedTuple):
+    """A table of rows that are held against something else than a limit of the machine."""
+
+    columns: tuple[str, str, str, str]  # case, `value`, `limit`, the quotient
+    inverse: bool  # the quotient is 1 / share
+    form: str  # of the quotient
+
+
+COMPARED = {  # by bench and unit
+    ("speculative", "tok/s"): Compared(
+        ("speculation", "with guesses", "without", "speed-up"), False, "{:.2f} x"
+    ),
+    ("speculative", "ms/step"): Compared(
+        ("rows that a step computes", "all of them", "one row", "times as long"), False, "{:.2f} x"
+    ),
+    ("overhead", "us/step"): Compared(
+        ("a step without its model", "measured", "what it may take", "used of it"), True, "{:.0%}"
+    ),
+}
 
 
 def number(value: float) -> str:
@@ -46,20 +69,49 @@ def render(results: Path) -> str:
     if not read:
         return "No results have been recorded yet; `make bench` records them."
     records = [record for record in read if "rows" in record]
-    lines = [
-        "| bench | case | measured | limit, same process | share |",
-        "|---|---|---:|---:|---:|",
-    ]
+    lines = []
     for record in records:
         for row in record["rows"]:
-            lines.append(
-                f"| {record['bench']} | {row['case']} | {number(row['value'])} {row['unit']} "
-                f"| {number(row['limit'])} {row['limit_unit']} | {row['share']:.0%} |"
-            )
-    if not records:
-        lines = []
+            if (record["bench"], row["unit"]) not in COMPARED:
+                lines.append(
+                    f"| {record['bench']} | {row['case']} | {number(row['value'])} {row['unit']} "
+                    f"| {number(row['limit'])} {row['limit_unit']} | {row['share']:.0%} |"
+                )
+    if lines:
+        header = "| bench | case | measured | limit, same process | share |"
+        lines = [header, "|---|---|---:|---:|---:|", *lines, ""]
     tables = [peers_table(record) for record in read if "engines" in record]
-    return "\n".join([*tables, *lines, "", *(f"- {circumstances(record)}" for record in records)])
+    others = [compared_table(records, *kind) for kind in COMPARED]
+    facts = (f"- {circumstances(record)}" for record in records)
+    return "\n".join([*tables, *lines, *filter(None, others), *facts])
+
+
+def compared_table(records: list[dict[str, Any]], bench: str, unit: str) -> str:
+    """The rows of one bench in one unit, in natural order; empty where there are none."""
+    rows = [
+        row
+        for record in records
+        for row in record["rows"]
+        if (record["bench"], row["unit"]) == (bench, unit)
+    ]
+    if not rows:
+        return ""
+    kind = COMPARED[bench, unit]
+    lines = [f"| {' | '.join(kind.columns)} |", "|---|---:|---:|---:|"]
+    for row in sorted(rows, key=lambda row: in_natural_order(row["case"])):
+        quotient = kind.form.format(1 / row["share"] if kind.inverse else row["share"])
+        figures = f"{number(row['value'])} {unit} | {number(row['limit'])} {row['limit_unit']}"
+        lines.append(f"| {row['case']} | {figures} | {quotient} |")
+    return "\n".join([*lines, ""])
+
+
+def in_natural_order(text: str) -> list[tuple[str, int]]:
+    """A key that puts "batch 4" before "batch 16"."""
+    pieces = re.split(r"(\d+)", text)
+    return [
+        (pieces[i], int(pieces[i + 1]) if i + 1 < len(pieces) else 0)
+        for i in range(0, len(pieces), 2)
+    ]
 
 
 def peers_table(record: dict[str, Any]) -> str:

@@ -159,12 +159,14 @@ def report_of(llm: LLM, watch: Stopwatch) -> str:
 
 def speculation(stats: SpeculativeStats) -> str:
     """What guesses were worth, on one line; since the model was opened."""
+    off = f"off for {stats.num_steps_off} steps"
+    if not stats.num_drafts:
+        return f"{'guesses':<9} none were made{'; ' + off if stats.num_steps_off else ''}\n"
     rates = " ".join(f"{rate:.2f}" for rate in stats.acceptance_rate_per_pos)
     return (
         f"{'guesses':<9} mean acceptance length {stats.mean_acceptance_length:.2f}, "
         f"{stats.num_accepted_tokens} of {stats.num_draft_tokens} accepted "
-        f"({stats.acceptance_rate:.0%}) in {stats.num_drafts} drafts, by position {rates}; off for "
-        f"{stats.num_steps_off} steps\n"
+        f"({stats.acceptance_rate:.0%}) in {stats.num_drafts} drafts, by position {rates}; {off}\n"
     )
 
 

@@ -74,6 +74,40 @@ def test_peers_have_a_table_of_their_own(tmp_path):
     assert not any(line.startswith("- peers: ") for line in lines[6:])
 
 
+def compared(case, value, limit, unit, share):
+    units = {"unit": unit, "limit_unit": unit}
+    return {"case": case, "value": value, "limit": limit, "share": share} | units
+
+
+def test_what_is_no_limit_of_the_machine_is_not_called_one(tmp_path):
+    """Speed-ups, longer steps and a budget have tables of their own, in the order of numbers."""
+    speculative = [
+        compared("batch 16", 128.0, 231.0, "tok/s", 0.556),
+        compared("batch 4", 130.0, 76.8, "tok/s", 1.686),
+        compared("13 rows beside 1", 74.6, 55.5, "ms/step", 1.335),
+    ]
+    overhead = [compared("null model", 116.0, 150.0, "us/step", 1.25)]
+    write(
+        tmp_path, gemm=record(), overhead=record("overhead", overhead),
+        speculative=record("speculative", speculative),
+    )  # fmt: skip
+    text = readme_table.render(tmp_path)
+    limits, speed, rows, budget, facts = text.split("\n\n")
+    assert limits.count("\n") == 2 and "| 96% |" in limits
+    assert speed.splitlines() == [
+        "| speculation | with guesses | without | speed-up |",
+        "|---|---:|---:|---:|",
+        "| batch 4 | 130 tok/s | 76.8 tok/s | 1.69 x |",
+        "| batch 16 | 128 tok/s | 231 tok/s | 0.56 x |",
+    ]
+    assert rows.splitlines()[0].endswith("| all of them | one row | times as long |")
+    assert rows.splitlines()[2] == "| 13 rows beside 1 | 74.6 ms/step | 55.5 ms/step | 1.33 x |"
+    assert budget.splitlines()[2] == "| null model | 116 us/step | 150 us/step | 80% |"
+    assert [line.split(":")[0] for line in facts.splitlines()] == [
+        "- gemm", "- overhead", "- speculative",
+    ]  # fmt: skip
+
+
 def test_without_results_it_says_so(tmp_path):
     assert readme_table.render(tmp_path).startswith("No results have been recorded yet")
 

@@ -91,6 +91,16 @@ def test_nothing_is_made_up_where_nothing_was_measured():
     assert "no token was generated" in show(Stopwatch())
 
 
+def test_where_nothing_was_guessed_there_are_no_rates():
+    from pace_nb.cli.stats import speculation
+    from pace_nb.engine.speculative import SpeculativeStats
+
+    told = SpeculativeStats(5)
+    assert speculation(told) == "guesses   none were made\n"
+    told.num_steps_off = 4
+    assert speculation(told) == "guesses   none were made; off for 4 steps\n"
+
+
 def test_what_guesses_were_worth():
     from pace_nb.cli.stats import speculation
     from pace_nb.engine.speculative import SpeculativeStats

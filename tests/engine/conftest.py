@@ -136,10 +136,16 @@ class Setup:
     cache: Any
 
     def step(self):
-        """One step; the cache must be sound and the running requests in order of age."""
+        """One step: the cache must be sound, the running requests in order of age, the budget kept,
+        and who waits must have no guesses."""
+        num_batches = len(self.model.batches)
         progress = self.engine.step()
         self.cache.check()
         scheduler = self.engine._scheduler
+        if scheduler._chunked_prefill:
+            budget = scheduler._max_num_batched_tokens
+            assert all(batch.num_tokens <= budget for batch in self.model.batches[num_batches:])
+        assert not any(request.draft_token_ids for request in scheduler.waiting)
         if not scheduler.by_priority:
             ages = [request.arrival for request in scheduler.running]
             assert ages == sorted(ages)

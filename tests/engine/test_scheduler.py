@@ -108,6 +108,21 @@ def test_the_youngest_gives_way_and_keeps_its_place_in_the_line(make):
     assert (b.num_preemptions, a.num_preemptions) == (1, 0)
 
 
+def test_one_that_gave_way_has_no_guesses_any_more(make):
+    """Computed anew in chunks, its guesses would be laid behind a part of its tokens: stored in
+    places that are not theirs, beyond the budget, and without room."""
+    scheduler, (a, b) = make(UNIT, UNIT, num_units=3, max_num_batched_tokens=40, max_num_seqs=4)
+    assert turn(scheduler) == {"a": UNIT, "b": UNIT}
+    a.draft_token_ids, b.draft_token_ids = [5], [6, 7]
+    assert turn(scheduler) == {"a": 1}  # the third unit is a's
+    assert (b.num_preemptions, b.draft_token_ids) == (1, [])
+    assert a.draft_token_ids == [5]
+    scheduler.finish(a)
+    scheduler._max_num_batched_tokens = 8
+    assert scheduler.schedule() == [(b, 8)]
+    assert not b.draft_token_ids
+
+
 def test_the_oldest_is_never_preempted(make):
     scheduler, requests = make(*[UNIT] * 6, num_units=7)
     for _ in range(6 * UNIT - 1):

@@ -267,6 +267,23 @@ def test_guesses_preempt_nobody_and_leave_each_its_token(scripted):
     assert max(batch.num_tokens for batch in setup.model.batches) == 3
 
 
+@pytest.mark.parametrize("options", CACHES, ids=CACHE_NAMES)
+def test_one_that_gives_way_loses_its_guesses(scripted, options):
+    """It is computed anew, in chunks of a small budget, and no guess is laid behind a chunk."""
+    specifications = [(list(range(12 + i)), 39, ON) for i in range(4)]
+    expected = alone(scripted, specifications)
+    drafter = Foreseeing({r.request_id: r.generated_token_ids for r in expected}, 0.5)
+    setup = scripted.setup(
+        **options, num_units=5, max_num_seqs=4, max_num_batched_tokens=12, drafter=drafter,
+        speculative_config=NGRAM,
+    )  # fmt: skip
+    requests = build(scripted, specifications)
+    setup.run(*requests)
+    assert sum(r.num_preemptions for r in requests) > 2
+    assert [r.token_ids for r in requests] == [r.token_ids for r in expected]
+    assert max(batch.num_tokens for batch in setup.model.batches) == 12
+
+
 def test_guesses_take_no_room_that_another_needs_in_the_same_step(scripted):
     """Four units: the first request's 30 wrong guesses would take the one that the second needs."""
     specifications = [(list(range(10)), 39, ON), (list(range(5, 15)), 12, ON)]
