@@ -40,6 +40,7 @@ Amount = float | Mapping[str, float] | None
 
 SHORTEST = 200e-6  # seconds: a shorter run is repeated within a round, so that the clock is exact
 FEWEST, MOST = 3, 31  # rounds
+STILL = 1.5  # times one thread's peak: what two threads of a machine with nothing else to do reach
 
 
 def fast() -> bool:
@@ -100,16 +101,28 @@ class Limits:
 
 
 def limits(threads: int | None = None) -> Limits:
-    """Measure the machine with so many threads (None: all): about a second."""
+    """Measure the machine with so many threads (None: all): about a second.
+
+    Where several threads compute hardly more than one does, a line says that the machine is busy.
+    """
     repeats, size = (1, STREAMED // 16) if fast() else (7, STREAMED)
     buffer = np.ones(size // 4, np.float32)
-    with _threads(threads):
-        return Limits(
+    with _threads(threads) as used:
+        found = Limits(
             flop_peak(np.uint16, repeats),
             flop_peak(np.float32, repeats),
             dram_read_rate(buffer, repeats),
             copy_rate(size // 2, repeats),
         )
+    if used > 1 and not fast():
+        with _threads(1):
+            gain = found.f32 / flop_peak(np.float32, repeats)
+        if gain < STILL:
+            print(
+                f"The machine is busy, or threads share a core: {used} threads compute {gain:.2f} "
+                "times what one does. Figures of several threads mean little."
+            )
+    return found
 
 
 @dataclass(frozen=True)

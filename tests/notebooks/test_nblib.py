@@ -290,6 +290,35 @@ def test_threads_are_set_and_put_back(monkeypatch):
         nblib.timeit({})
 
 
+@pytest.mark.parametrize(("gain", "warned"), [(1.1, True), (1.49, True), (1.51, False)])
+def test_threads_that_compute_hardly_more_than_one_are_told_of(monkeypatch, capsys, gain, warned):
+    used = [2]
+
+    class Threads:
+        def __init__(self, n):
+            self.n = n
+
+        def __enter__(self):
+            used.append(self.n or 2)
+            return used[-1]
+
+        def __exit__(self, *exception):
+            used.pop()
+
+    monkeypatch.delenv("PACE_NB_FAST", raising=False)
+    monkeypatch.setattr(measure, "_threads", Threads)
+    monkeypatch.setattr(measure, "STREAMED", 1 << 16)
+    monkeypatch.setattr(measure, "flop_peak", lambda *_: 1e9 * (gain if used[-1] > 1 else 1.0))
+    assert nblib.limits().f32 == gain * 1e9
+    said = capsys.readouterr().out
+    assert said.count("\n") == warned
+    assert (f"2 threads compute {gain:.2f} times what one does" in said) == warned
+    nblib.limits(threads=1)
+    monkeypatch.setenv("PACE_NB_FAST", "1")
+    nblib.limits()
+    assert capsys.readouterr().out == ""
+
+
 def test_the_limits_of_the_machine_and_the_best_time(monkeypatch, capsys):
     monkeypatch.setenv("PACE_NB_FAST", "1")
     roof = nblib.limits()
