@@ -109,6 +109,10 @@ class _Response:
         """The last chunk of a stream whose `stream_options` ask for the usage."""
         return {**self._envelope(self.chunk_name, []), "usage": self.usage()}
 
+    def silent_chunk(self) -> Json:
+        """One that says nothing, for a client that reads `usage_chunk` and so can read it."""
+        return {**self._envelope(self.chunk_name, []), "usage": None}
+
     def _count(self, prompt_index: int, output: RequestOutput) -> None:
         self._prompts[prompt_index] = (len(output.prompt_token_ids), output.num_cached_tokens)
         self._num_completion_tokens += sum(len(one.token_ids) for one in output.outputs)

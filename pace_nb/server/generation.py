@@ -102,6 +102,10 @@ class ChatAnswer:
         """The last event, where it was asked for."""
         return self._response.usage_chunk()
 
+    def silent_chunk(self) -> Json:
+        """An event that says nothing, where the last one was asked for."""
+        return self._response.silent_chunk()
+
 
 class CompletionAnswer:
     """What the outputs of prompts become."""
@@ -120,6 +124,10 @@ class CompletionAnswer:
     def usage_chunk(self) -> Json:
         """The last event, where it was asked for."""
         return self._response.usage_chunk()
+
+    def silent_chunk(self) -> Json:
+        """An event that says nothing, where the last one was asked for."""
+        return self._response.silent_chunk()
 
 
 async def generate(
@@ -302,7 +310,12 @@ async def _events(
                 silent += look
                 if silent >= interval or (mailbox.progress and _progress(mailbox) != told):
                     silent, told = 0.0, _progress(mailbox)
-                    yield comment(told)
+                    if body.stream_options.include_usage:
+                        # vLLM's client (0.32) strips the line ends of what it reads at a time: what
+                        # follows a comment that came alone would be a part of the comment.
+                        yield comment(told) + event(answer.silent_chunk())
+                    else:
+                        yield comment(told)
                 continue
             silent = 0.0
             chunks = [chunk for index, output in news for chunk in answer.chunks(index, output)]

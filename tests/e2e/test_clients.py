@@ -131,6 +131,22 @@ def test_vllm_bench_serve_gets_what_it_reads(server, aiohttp, path, body, joined
     assert usage["prompt_tokens"] == plain["usage"]["prompt_tokens"] and text
 
 
+def test_vllm_bench_serve_waits_for_a_long_prompt(tight):
+    """What keeps the stream alive meanwhile must not hide the tokens that follow."""
+    body = {**json.loads(COMPLETION), "model": "tight", "prompt": [11] * 1000}
+    made = Aiohttp(tight)
+    status, _, pieces = made.send(
+        "POST /v1/completions", json.dumps(body), f"Authorization: Bearer {tight.key}\r\n"
+    )
+    made.close()
+    assert status == 200 and any(piece.startswith(b": keepalive") for piece in pieces)
+    found = messages(pieces)
+    assert any(data.get("choices") for data in found)
+    assert found[-1]["usage"]["completion_tokens"] == 8
+    silent = [data for data in found[:-1] if not data["choices"]]
+    assert silent and all(data["usage"] is None for data in silent)
+
+
 def test_vllm_bench_serve_asks_more_on_the_same_connection(aiohttp):
     status, _, pieces = aiohttp.send("GET /v1/models")
     (model,) = json.loads(b"".join(pieces))["data"]

@@ -204,8 +204,9 @@ def test_a_streamed_chat_begins_with_its_role_and_ends_with_its_reason():
     assert reasons == [None, None, None, "stop"]
     assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
     assert all(chunk["usage"] is None and chunk["id"] == "r-1" for chunk in chunks)
-    last = response.usage_chunk()
+    last, silent = response.usage_chunk(), response.silent_chunk()
     assert (last["choices"], last["usage"]) == ([], USAGE)
+    assert silent == {**last, "usage": None}
 
 
 def replace_logprobs(piece):
