@@ -24,8 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`make test-long`: the same property tests, 20 times as many examples."""
     if not os.environ.get("PACE_NB_TEST_LONG"):
         return
-    for item in items:
-        function = getattr(item, "obj", None)
+    functions = {getattr(item, "obj", None) for item in items}  # one for all its parameters
+    for function in functions:
         found = getattr(function, "_hypothesis_internal_use_settings", None)
         if found is not None:
             more = settings(found, max_examples=20 * found.max_examples, deadline=None)
