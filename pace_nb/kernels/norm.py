@@ -2,6 +2,7 @@
 
     rms_norm        y = x / sqrt(mean(x^2) + eps) * weight
     add_rms_norm    residual += x;  y = rms_norm(residual)
+                    with `inner`: residual += rms_norm(x) by this weight;  y as before
     layer_norm      y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias
     add_layer_norm  residual += x;  y = layer_norm(residual)
 
@@ -10,6 +11,7 @@
 | x        | [T, E] | f32, BF16      | rows contiguous, any row stride                |
 | residual | [T, E] | f32            | contiguous, updated in place                   |
 | weight   | [E]    | f32            | contiguous; models that scale by 1 + w add the 1 at load |
+| inner    | [E]    | f32 or None    | the same                                       |
 | bias     | [E]    | f32 or None    | contiguous                                     |
 | y        | [T, E] | f32, BF16      | contiguous, allocated or given as `out`        |
 
@@ -69,9 +71,14 @@ def layer_norm_ref(x: Array, weight: Array, bias: Array | None, eps: float) -> A
     return scaled if bias is None else scaled + bias
 
 
-def add_rms_norm_ref(x: Array, residual: Array, weight: Array, eps: float) -> tuple[Array, Array]:
-    """(residual + x rounded to f32, RMSNorm of that in float64)."""
-    total = narrow(widen(x) + residual, np.float32)
+def add_rms_norm_ref(
+    x: Array, residual: Array, weight: Array, eps: float, inner: Array | None = None
+) -> tuple[Array, Array]:
+    """(residual + x, or + its RMSNorm by `inner`, rounded to f32; RMSNorm of that in float64)."""
+    added = widen(x)
+    if inner is not None:
+        added = widen(narrow(rms_norm_ref(x, inner, eps), np.float32))
+    total = narrow(added + residual, np.float32)
     return total, rms_norm_ref(total, weight, eps)
 
 
@@ -136,9 +143,30 @@ def _add_row(x, x0, residual, r0, e):
 
 
 @jit.device_fn
-def _rms_norm_row(x, x0, weight, eps, out, y0, e):
+def _rms_scale(x, x0, eps, e):
+    """1 / sqrt(mean(x^2) + eps) of x[x0 : x0 + e], in every lane."""
     mean_square = np.float64(_row_squares(x, x0, e, splat(0.0))) / e
-    scale = splat(1.0 / math.sqrt(mean_square + eps))
+    return splat(1.0 / math.sqrt(mean_square + eps))
+
+
+@jit.device_fn
+def _add_normed_row(x, x0, inner, eps, residual, r0, e):
+    """residual[r0 : r0 + e] += RMSNorm of x[x0 : x0 + e] by `inner`."""
+    scale = _rms_scale(x, x0, eps, e)
+    whole = e // 16 * 16
+    for i in range(0, whole, 16):
+        normed = load(x, x0 + i) * scale * load(inner, i)
+        store(residual, r0 + i, load(residual, r0 + i) + normed)
+    n = e - whole
+    if n:
+        normed = load_tail(x, x0 + whole, n) * scale * load_tail(inner, whole, n)
+        store_tail(residual, r0 + whole, load_tail(residual, r0 + whole, n) + normed, n)
+
+
+@jit.device_fn
+def rms_norm_row(x, x0, weight, eps, out, y0, e):
+    """out[y0 : y0 + e] = RMSNorm of x[x0 : x0 + e] by `weight`."""
+    scale = _rms_scale(x, x0, eps, e)
     whole = e // 16 * 16
     for i in range(0, whole, 16):
         store(out, y0 + i, load(x, x0 + i) * scale * load(weight, i))
@@ -169,14 +197,17 @@ def _layer_norm_row(x, x0, weight, bias, eps, out, y0, e):
 @jit.kernel
 def _rms_norm_kernel(x, stride, weight, eps, out, rows, e):
     for t in prange(rows):
-        _rms_norm_row(x, t * stride, weight, eps, out, t * e, e)
+        rms_norm_row(x, t * stride, weight, eps, out, t * e, e)
 
 
 @jit.kernel
-def _add_rms_norm_kernel(x, stride, residual, weight, eps, out, rows, e):
+def _add_rms_norm_kernel(x, stride, inner, residual, weight, eps, out, rows, e):
     for t in prange(rows):
-        _add_row(x, t * stride, residual, t * e, e)
-        _rms_norm_row(residual, t * e, weight, eps, out, t * e, e)
+        if inner.size:
+            _add_normed_row(x, t * stride, inner, eps, residual, t * e, e)
+        else:
+            _add_row(x, t * stride, residual, t * e, e)
+        rms_norm_row(residual, t * e, weight, eps, out, t * e, e)
 
 
 @jit.kernel
@@ -193,6 +224,9 @@ def _add_layer_norm_kernel(x, stride, residual, weight, bias, eps, out, rows, e)
 
 
 # ---- public wrappers -----------------------------------------------------------------------------
+_NO_WEIGHT = np.empty(0, np.float32)
+
+
 def _checked(
     kernel: str,
     x: Array,
@@ -245,16 +279,20 @@ def add_rms_norm(
     eps: float,
     out: Array | None = None,
     dtype: DTypeLike = np.float32,
+    inner: Array | None = None,
 ) -> Array:
     """residual += x in place, then RMSNorm of the rows of residual.
 
-    x [T, E] f32 or BF16; residual [T, E] f32; otherwise as `rms_norm`. Returns out.
+    x [T, E] f32 or BF16; residual [T, E] f32; inner [E] f32: RMSNorm of x by this weight is what is
+    added, with the bits of `rms_norm`; otherwise as `rms_norm`. Returns out.
     """
     out = _checked("add_rms_norm", x, weight, None, eps, out, dtype)
     require("add_rms_norm", "residual", residual, x.shape)
     writable("add_rms_norm", "residual", residual)
+    if inner is not None:
+        require("add_rms_norm", "inner", inner, weight.shape)
     if jit.use_reference():
-        residual[...], normed = add_rms_norm_ref(x, residual, weight, eps)
+        residual[...], normed = add_rms_norm_ref(x, residual, weight, eps, inner)
         out[...] = narrow(normed, out.dtype)
     else:
         flat, stride = flat_rows(x)
@@ -262,6 +300,7 @@ def add_rms_norm(
             _add_rms_norm_kernel(
                 flat,
                 stride,
+                _NO_WEIGHT if inner is None else np.ascontiguousarray(inner),
                 residual.reshape(-1),
                 np.ascontiguousarray(weight),
                 eps,

@@ -2,18 +2,22 @@
 
     Q[t, h] = rotate(q[t, h], position of t)                     as `rope.py`, in storage dtype
     pool.k, pool.v <- rotate(k[t, h], position of t), v[t, h]    as `kv_write.py`
+    with norms, rms_norm(q[t, h]) and rms_norm(k[t, h]) rotate   as `norm.py`: Qwen 3, Gemma 3
 
 | Array | Shape       | Type      | Layout                                             |
 |-------|-------------|-----------|----------------------------------------------------|
 | q     | [T, H, D]   | f32       | last axis contiguous (slices of a fused q k v)     |
 | k, v  | [T, KVH, D] | f32       | the same                                           |
+| norms | 2 times [D] | f32, None | weights of q's and k's heads, and eps              |
 | Q     | [T, H, D]   | BF16, f32 | contiguous; what attention multiplies K with       |
 | pool  |             |           | `kv_write.py`                                      |
 
-Moves: T D (H + 2 KVH) (4 + size(pool)) bytes, and rotated keys on their way, which stay in L2.
-Does: 3 T R (H + KVH) FLOPs. Bound by memory, and for few tokens by being called: one launch where
-    rotating q, rotating k and writing were three, each with its checks.
-Error: that of `rope`, rounded to storage once; a row's bits are those of `rope`, then `kv_write`.
+Moves: T D (H + 2 KVH) (4 + size(pool)) bytes, and normalized heads and rotated keys on their way,
+    which stay in L2.
+Does: 3 T R (H + KVH) FLOPs, 4 T D (H + KVH) more with norms. Bound by memory, and for few tokens by
+    being called: one launch where two norms, two rotations and writing were five, each with checks.
+Error: that of `rms_norm` and `rope`, rounded to storage once; a row's bits are those of `rms_norm`,
+    then `rope`, then `kv_write`.
 Cautions: as `kv_write`: a pair's odd half is zeroed with its even one; no unit may belong to two
     sequences.
 Source: vLLM's fused qk_rope + reshape_and_cache; PACE rotates and writes apart.
@@ -22,6 +26,9 @@ Ledger: rope_kv_write.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import numpy as np
 from numba import prange
@@ -37,14 +44,36 @@ from pace_nb.kernels.kv_write import (
     write_ref,
     write_values,
 )
+from pace_nb.kernels.norm import rms_norm_ref, rms_norm_row
 from pace_nb.kernels.rope import Rotation, check_rotation, rope_ref, rotate_head
+
+_NO_WEIGHT = np.empty(0, np.float32)
+
+
+class HeadNorms(NamedTuple):
+    """RMSNorm of each head before it rotates: weights f32 [D] of q's and of k's heads, and eps."""
+
+    q: Array
+    k: Array
+    eps: float
 
 
 # ---- definition ----------------------------------------------------------------------------------
 def rope_kv_write_ref(
-    q: Array, k: Array, v: Array, rotation: Rotation, pool: KVPool, planned: WritePlan
+    q: Array,
+    k: Array,
+    v: Array,
+    rotation: Rotation,
+    pool: KVPool,
+    planned: WritePlan,
+    norms: HeadNorms | None = None,
 ) -> Array:
     """Q float64 [T, H, D]; k rotated and v are in the pool."""
+    if norms is not None:
+        q, k = (
+            narrow(rms_norm_ref(x, weight, norms.eps), np.float32)
+            for x, weight in ((q, norms.q), (k, norms.k))
+        )
     tables = rotation.rows, rotation.cos, rotation.sin, rotation.interleaved
     write_ref(narrow(rope_ref(k, *tables), pool.dtype), v, pool, planned)
     return rope_ref(q, *tables)
@@ -53,11 +82,13 @@ def rope_kv_write_ref(
 # ---- kernel --------------------------------------------------------------------------------------
 @jit.kernel
 def _rope_kv_write_kernel(
-    q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, positions, cos, sin, half, interleaved,
-    queries, keys, pool_k, pool_v, tokens, heads, kv_heads, d, dp, s, in_pool, units, rows
+    q, q_row, q_head, q_weight, k, k_row, k_head, k_weight, v, v_row, v_head, eps, normed,
+    positions, cos, sin, half, interleaved, queries, keys, pool_k, pool_v,
+    tokens, heads, kv_heads, d, dp, s, in_pool, units, rows
 ):  # fmt: skip
     # One unit of one head per task, as in kv_write.py, then a token's query heads of one key head.
-    # `keys` [T, KVH, D] holds rotated keys on their way; a task reads what it wrote itself.
+    # On their way are `normed`, q's heads [T, H, D] and k's [T, KVH, D], empty without norms, and
+    # `keys` [T, KVH, D], rotated; a task reads what it wrote itself.
     writes, group = units * kv_heads, heads // kv_heads
     for task in prange(writes + tokens * kv_heads):
         if task < writes:
@@ -65,7 +96,12 @@ def _rope_kv_write_kernel(
             unit, slot, end, t = rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]
             for r in range(t, t + end - slot):
                 c0, x0, y0 = positions[r] * half, r * k_row + h * k_head, (r * kv_heads + h) * d
-                rotate_head(k, x0, cos, sin, c0, half, interleaved, keys, y0, d)
+                x = k
+                if normed.size:
+                    n0 = tokens * heads * d + y0
+                    rms_norm_row(k, x0, k_weight, eps, normed, n0, d)
+                    x, x0 = normed, n0
+                rotate_head(x, x0, cos, sin, c0, half, interleaved, keys, y0, d)
             p, row = (h * in_pool + unit) * 16, kv_heads * d
             write_keys(keys, (t * kv_heads + h) * d, row, pool_k, p * d, slot, end, d, s)
             write_values(v, t * v_row + h * v_head, v_row, pool_v, p * dp, slot, end, d, dp, s)
@@ -73,18 +109,29 @@ def _rope_kv_write_kernel(
             t, first = (task - writes) // kv_heads, (task - writes) % kv_heads * group
             for h in range(first, first + group):
                 c0, x0, y0 = positions[t] * half, t * q_row + h * q_head, (t * heads + h) * d
-                rotate_head(q, x0, cos, sin, c0, half, interleaved, queries, y0, d)
+                x = q
+                if normed.size:
+                    rms_norm_row(q, x0, q_weight, eps, normed, y0, d)
+                    x, x0 = normed, y0
+                rotate_head(x, x0, cos, sin, c0, half, interleaved, queries, y0, d)
 
 
 # ---- public wrapper ------------------------------------------------------------------------------
 def rope_kv_write(
-    q: Array, k: Array, v: Array, rotation: Rotation, pool: KVPool, planned: WritePlan
+    q: Array,
+    k: Array,
+    v: Array,
+    rotation: Rotation,
+    pool: KVPool,
+    planned: WritePlan,
+    norms: HeadNorms | None = None,
 ) -> Array:
     """Rotate q and k, write k and v of a planned step into one layer's pool; returns Q.
 
     q [T, H, D], k and v [T, KVH, D] f32, any strides with a contiguous last axis; rotation of
-    `rope.rotation`, planned of `kv_write.plan`. Q [T, H, D] in the pool's dtype. ValueError or
-    TypeError names the argument that does not fit, before anything is written.
+    `rope.rotation`, planned of `kv_write.plan`; norms: what the heads of q and k go through before.
+    Q [T, H, D] in the pool's dtype. ValueError or TypeError names the argument that does not fit,
+    before anything is written.
     """
     name = "rope_kv_write"
     kv_heads, d, s = check_rows(name, k, v, pool, planned)
@@ -95,15 +142,28 @@ def rope_kv_write(
     if q.shape[1] % kv_heads:
         raise ValueError(f"{name}: q has {q.shape[1]} heads, expected a multiple of {kv_heads}")
     check_rotation(name, rotation, tokens, d)
+    weights, eps, on_their_way = (_NO_WEIGHT, _NO_WEIGHT), 0.0, 0
+    if norms is not None:
+        require(name, "norms.q", norms.q, (d,))
+        require(name, "norms.k", norms.k, (d,))
+        if not (norms.eps >= 0.0 and math.isfinite(norms.eps)):
+            raise ValueError(f"{name}: norms.eps is {norms.eps}, expected a finite number >= 0")
+        weights = np.ascontiguousarray(norms.q), np.ascontiguousarray(norms.k)
+        eps, on_their_way = norms.eps, q.size + k.size
     queries = np.empty(q.shape, pool.k.dtype)
     if jit.use_reference():
-        queries[...] = narrow(rope_kv_write_ref(q, k, v, rotation, pool, planned), queries.dtype)
+        exact = rope_kv_write_ref(q, k, v, rotation, pool, planned, norms)
+        queries[...] = narrow(exact, queries.dtype)
         return queries
     with jit.threads_for(4 * q.nbytes):  # some arithmetic goes with the bytes
         _rope_kv_write_kernel(
             *flat_heads(q),
+            weights[0],
             *flat_heads(k),
+            weights[1],
             *flat_heads(v),
+            eps,
+            np.empty(on_their_way, np.float32),
             rotation.rows,
             rotation.cos.reshape(-1),
             rotation.sin.reshape(-1),

@@ -28,7 +28,7 @@ from pace_nb.kernels import (
 )
 from pace_nb.kernels.kv_write import KVPool
 from pace_nb.kernels.rope import Rotation
-from pace_nb.kernels.rope_kv_write import rope_kv_write
+from pace_nb.kernels.rope_kv_write import HeadNorms, rope_kv_write
 from pace_nb.kv_cache.base import BatchKV, KVView
 from pace_nb.layers.module import Module
 from pace_nb.layers.weights import Float32Array
@@ -148,17 +148,19 @@ class Attention:
         step: Step,
         rotation: Rotation | None,
         sinks: Float32Array | None = None,
+        norms: HeadNorms | None = None,
     ) -> NDArray[Any]:
         """q f32[T, H, D], k and v f32[T, KVH, D] (views with a contiguous last axis) -> storage[T,
         H * D].
 
         rotation None: positions enter elsewhere (OPT) or nowhere (Llama 4's NoPE layers). sinks
-        f32[H]: one extra logit per head, in the softmax's denominator only.
+        f32[H]: one extra logit per head, in the softmax's denominator only. norms: what q's and k's
+        heads go through before they rotate.
         """
         view, pool = step.kv.views[self._layer_index], step.kv.layer(self._layer_index)
         storage = pool.k.dtype
         turns = step.unturned if rotation is None else rotation
-        queries = rope_kv_write(q, k, v, turns, pool, step.writes(view, pool))
+        queries = rope_kv_write(q, k, v, turns, pool, step.writes(view, pool), norms)
         decode, prefill = step.calls(q.shape, view, pool, self.window, self.chunk)
         out = np.empty(q.shape, storage)
         if decode is not None:

@@ -1,22 +1,24 @@
-"""`RMSNorm` and `LayerNorm`, with the residual addition before them; `HeadRMSNorm`, `HeadL2Norm`.
+"""`RMSNorm` and `LayerNorm`, with the residual addition before them; norms of heads.
 
 Knows the weight, eps and the dtype of the GEMM input that follows. Does not know the arithmetic
 (`kernels/norm.py`). The residual stream is float32 and belongs to the caller; `delta` is what the
 previous sub-layer adds to it:
 
-    y = norm(residual)            y = norm(residual, delta)    # residual += delta in place, then
-    normalize
+    y = norm(residual)
+    y = norm(residual, delta)                   # residual += delta in place, then normalize
+    y = norm(residual, Normed(delta, inner))    # residual += inner(delta), then normalize
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pace_nb.kernels import norm
+from pace_nb.kernels.rope_kv_write import HeadNorms
 from pace_nb.layers.module import Module, Shape
 from pace_nb.layers.weights import Float32Array, Weights
 
@@ -27,46 +29,49 @@ class RMSNorm(Module):
     def __init__(self, size: int, eps: float) -> None:
         self.size = size
         self.eps = eps
-        self._weight: Float32Array
+        self.weight: Float32Array
         self._dtype: np.dtype[Any]
 
     def tensors(self, name: str) -> Iterator[tuple[str, Shape]]:
         yield f"{name}.weight", (self.size,)
 
     def load(self, weights: Weights, name: str = "") -> None:
-        self._weight = weights.vector(f"{name}.weight", (self.size,))
+        self.weight = weights.vector(f"{name}.weight", (self.size,))
         self._dtype = weights.storage_dtype
 
-    def __call__(self, residual: Float32Array, delta: Float32Array | None = None) -> NDArray[Any]:
+    def __call__(
+        self, residual: Float32Array, delta: Float32Array | Normed | None = None
+    ) -> NDArray[Any]:
         """residual f32[T, E], delta f32[T, E] (added to residual in place) -> storage[T, E]."""
         out = np.empty(residual.shape, self._dtype)
         if delta is None:
-            return norm.rms_norm(residual, self._weight, self.eps, out=out)
-        return norm.add_rms_norm(delta, residual, self._weight, self.eps, out=out)
+            return norm.rms_norm(residual, self.weight, self.eps, out=out)
+        x, inner = delta if isinstance(delta, Normed) else (delta, None)
+        weight = None if inner is None else inner.weight
+        return norm.add_rms_norm(x, residual, self.weight, self.eps, out=out, inner=weight)
 
 
-class HeadRMSNorm(Module):
-    """RMSNorm over the D values of every head, between projection and rotation; stays float32."""
+class Normed(NamedTuple):
+    """What a sub-layer gives to the residual stream: `norm` of x f32[T, E], not yet computed, as
+    the RMSNorm that follows does it in its one pass. Both have one eps."""
 
-    def __init__(self, head_dim: int, eps: float) -> None:
-        self.head_dim = head_dim
-        self.eps = eps
-        self._weight: Float32Array
+    x: Float32Array
+    norm: RMSNorm
 
-    def tensors(self, name: str) -> Iterator[tuple[str, Shape]]:
-        yield f"{name}.weight", (self.head_dim,)
+    def value(self) -> Float32Array:
+        """f32[T, E]."""
+        return norm.rms_norm(self.x, self.norm.weight, self.norm.eps)
 
-    def load(self, weights: Weights, name: str = "") -> None:
-        self._weight = weights.vector(f"{name}.weight", (self.head_dim,))
 
-    def __call__(self, heads: Float32Array) -> Float32Array:
-        """f32[T, H, D] (a view of a fused projection) -> f32[T, H, D], its own array."""
-        rows = heads.reshape(-1, self.head_dim)
-        return norm.rms_norm(rows, self._weight, self.eps).reshape(heads.shape)
+def head_norms(q_norm: RMSNorm, k_norm: RMSNorm) -> HeadNorms:
+    """RMSNorm over the D values of every head of q and k, as attention applies it before rotating.
+    Both have one eps."""
+    return HeadNorms(q_norm.weight, k_norm.weight, q_norm.eps)
 
 
 class HeadL2Norm:
-    """The same without a weight, as Llama 4 normalizes queries and keys after rotating them."""
+    """x / sqrt(mean(x^2) + eps) over the D values of every head, as Llama 4 normalizes queries and
+    keys after rotating them."""
 
     def __init__(self, eps: float) -> None:
         self.eps = eps

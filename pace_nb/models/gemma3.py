@@ -11,7 +11,7 @@ layers see a sliding window and rotate with a base of their own; scores are scal
                  residual += post_feedforward_layernorm(mlp(pre_feedforward_layernorm(residual)))
     logits = embed_tokens.project(norm(residual))               f32[R, V], wanted rows only
 
-Each addition is done by the norm that follows it (`delta` below), in one pass over the residual.
+A layer's second and fourth norm and the addition are done by the norm that follows (`delta` below).
 The published model runs in BF16 and rounds sqrt(E) to it (62.0 for 3840, not 61.97): with dtype
 "bfloat16" so does this file, in float32 it does not, as transformers.
 Source: transformers 5.23, models/gemma3.
@@ -36,7 +36,7 @@ from pace_nb.layers.embedding import Embedding
 from pace_nb.layers.linear import FusedLinear, Linear
 from pace_nb.layers.mlp import GatedMLP
 from pace_nb.layers.module import Module, join
-from pace_nb.layers.norm import HeadRMSNorm, RMSNorm
+from pace_nb.layers.norm import Normed, RMSNorm, head_norms
 from pace_nb.layers.rope import RopeParameters, RotaryEmbedding
 from pace_nb.layers.weights import Float32Array, Weights
 from pace_nb.models.config_json import ConfigJson
@@ -145,21 +145,13 @@ def _unsupported(field: str, found: str, supported: str) -> UnsupportedModelErro
     )
 
 
-# ---- Norms ---------------------------------------------------------------------------------------
+# ---- Norm ----------------------------------------------------------------------------------------
 class Gemma3RMSNorm(RMSNorm):
     """x / sqrt(mean(x^2) + eps) * (1 + weight); the 1 is added once, in float32."""
 
     def load(self, weights: Weights, name: str = "") -> None:
         super().load(weights, name)
-        self._weight += np.float32(1.0)
-
-
-class Gemma3HeadRMSNorm(HeadRMSNorm):
-    """The same with float32 output: for heads, and for what goes back to the residual stream."""
-
-    def load(self, weights: Weights, name: str = "") -> None:
-        super().load(weights, name)
-        self._weight += np.float32(1.0)
+        self.weight += np.float32(1.0)
 
 
 # ---- Attention -----------------------------------------------------------------------------------
@@ -177,8 +169,8 @@ class Gemma3Attention(Module):
             {"q_proj": query_size, "k_proj": key_size, "v_proj": key_size},
             bias=config.attention_bias,
         )
-        self.q_norm = Gemma3HeadRMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = Gemma3HeadRMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_norm = Gemma3RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = Gemma3RMSNorm(config.head_dim, config.rms_norm_eps)
         scale, window = config.query_pre_attn_scalar**-0.5, config.windows[layer_index]
         self._attend = Attention(layer_index, scale=scale, window=window)
         self.o_proj = Linear(query_size, config.hidden_size, bias=config.attention_bias)
@@ -188,8 +180,8 @@ class Gemma3Attention(Module):
         heads = self.qkv_proj(x).reshape(len(x), -1, self._head_dim)
         keys, values = self._num_heads, self._num_heads + self._num_kv_heads  # first head of each
         q, k, v = heads[:, :keys], heads[:, keys:values], heads[:, values:]
-        q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(self._attend(q, k, v, step, rotation))
+        norms = head_norms(self.q_norm, self.k_norm)
+        return self.o_proj(self._attend(q, k, v, step, rotation, norms=norms))
 
 
 # ---- MLP -----------------------------------------------------------------------------------------
@@ -208,21 +200,20 @@ class Gemma3DecoderLayer(Module):
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = Gemma3RMSNorm(size, eps)
         self.self_attn = Gemma3Attention(config, layer_index)
-        self.post_attention_layernorm = Gemma3HeadRMSNorm(size, eps)
+        self.post_attention_layernorm = Gemma3RMSNorm(size, eps)
         self.pre_feedforward_layernorm = Gemma3RMSNorm(size, eps)
         self.mlp = Gemma3MLP(config)
-        self.post_feedforward_layernorm = Gemma3HeadRMSNorm(size, eps)
+        self.post_feedforward_layernorm = Gemma3RMSNorm(size, eps)
 
     def __call__(
-        self, residual: Float32Array, delta: Float32Array | None, rotation: Rotation, step: Step
-    ) -> Float32Array:
-        """residual f32[T, E] is updated in place; delta is the normalized MLP output of the layer
-        before, still to be added. Returns this layer's own."""
+        self, residual: Float32Array, delta: Normed | None, rotation: Rotation, step: Step
+    ) -> Normed:
+        """residual f32[T, E] is updated in place; delta is the MLP output of the layer before,
+        still to be normalized and added. Returns this layer's own."""
         attended = self.self_attn(self.input_layernorm(residual, delta), rotation, step)
-        delta = self.post_attention_layernorm(attended)
-        return self.post_feedforward_layernorm(
-            self.mlp(self.pre_feedforward_layernorm(residual, delta))
-        )
+        delta = Normed(attended, self.post_attention_layernorm)
+        x = self.pre_feedforward_layernorm(residual, delta)
+        return Normed(self.mlp(x), self.post_feedforward_layernorm)
 
 
 # ---- ForCausalLM ---------------------------------------------------------------------------------
@@ -270,10 +261,10 @@ class Gemma3ForCausalLM(Module):
         local_rotation = self._local_rotary(batch.positions, step.sequence_lens)
         residual = self.embed_tokens(batch.token_ids)
         residual *= self._embed_scale
-        delta: Float32Array | None = None
+        delta: Normed | None = None
         for layer, window in zip(self.layers, self._config.windows, strict=True):
             delta = layer(residual, delta, local_rotation if window else rotation, step)
-        return residual if delta is None else np.add(residual, delta, out=residual)
+        return residual if delta is None else np.add(residual, delta.value(), out=residual)
 
     def logits(self, hidden: Float32Array, rows: NDArray[np.int32]) -> Float32Array:
         """hidden f32[T, E], rows int32[R] -> f32[R, V]; nothing is computed for the other rows."""

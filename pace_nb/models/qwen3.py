@@ -27,7 +27,7 @@ from pace_nb.layers.decoder import CausalLM, DecoderLayer
 from pace_nb.layers.linear import FusedLinear, Linear
 from pace_nb.layers.mlp import GatedMLP
 from pace_nb.layers.module import Module
-from pace_nb.layers.norm import HeadRMSNorm
+from pace_nb.layers.norm import RMSNorm, head_norms
 from pace_nb.layers.rope import RopeParameters
 from pace_nb.layers.weights import Float32Array
 from pace_nb.models.config_json import ConfigJson
@@ -99,8 +99,8 @@ class Qwen3Attention(Module):
             {"q_proj": query_size, "k_proj": key_size, "v_proj": key_size},
             bias=config.attention_bias,
         )
-        self.q_norm = HeadRMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = HeadRMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self._attend = Attention(
             layer_index, scale=config.head_dim**-0.5, window=config.windows[layer_index]
         )
@@ -111,8 +111,8 @@ class Qwen3Attention(Module):
         heads = self.qkv_proj(x).reshape(len(x), -1, self._head_dim)
         keys, values = self._num_heads, self._num_heads + self._num_kv_heads  # first head of each
         q, k, v = heads[:, :keys], heads[:, keys:values], heads[:, values:]
-        q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(self._attend(q, k, v, step, rotation))
+        norms = head_norms(self.q_norm, self.k_norm)
+        return self.o_proj(self._attend(q, k, v, step, rotation, norms=norms))
 
 
 # ---- MLP -----------------------------------------------------------------------------------------
