@@ -15,7 +15,7 @@
 Moves: T H D (4 + size(y)) bytes; a token's R / 2 angles stay in L1 for its H heads.
 Does: 3 T H R FLOPs. Under one FLOP per byte, so bound by memory.
 Error: a product, then an fma, in f32: |y - ref| <= 2^-24 (|x_b sin| + |y|) and the rounding to BF16
-    (2^-24 (|x_a cos| + |x_b sin| + |y|) where the CPU has no fma). Angles are as good as the tables.
+    (2^-24 (|x_a cos| + |x_b sin| + |y|) where the CPU has no fma). Angles are as the tables are.
 Cautions: a NaN or infinity spreads to its partner (0 times infinity is NaN), no further.
     `out` may be `x` itself when x is contiguous and f32.
 Source: Su et al. 2021 (RoFormer) 3.4.2; re-implements PACE `csrc/ops/rope` with partial rotary and

@@ -83,6 +83,34 @@ def test_matches_reference(shape: tuple[int, int], x_dtype: Any, out_dtype: Any)
     np.testing.assert_array_equal(r, total)
 
 
+@pytest.mark.parametrize("mode", ["numba", "reference"])
+@pytest.mark.parametrize("out_dtype", [np.float32, np.uint16])
+@pytest.mark.parametrize("x_dtype", [np.float32, np.uint16])
+@pytest.mark.parametrize("shape", SHAPES[:8])
+def test_a_norm_of_what_is_added_has_the_bits_of_both(
+    shape: tuple[int, int], x_dtype: Any, out_dtype: Any, mode: Any
+) -> None:
+    x, residual, weight, inner = sample(shape, x_dtype)
+    wide = np.zeros((shape[0], shape[1] + 3), x_dtype)[:, 1:-2]  # rows apart and off a line
+    wide[...] = x
+    with jit.using(mode):
+        total, fused = residual.copy(), residual.copy()
+        want = add_rms_norm(rms_norm(x, inner, EPS), total, weight, EPS, dtype=out_dtype)
+        found = add_rms_norm(wide, fused, weight, EPS, dtype=out_dtype, inner=inner)
+    np.testing.assert_array_equal(fused, total)
+    np.testing.assert_array_equal(found, want)
+    assert not np.array_equal(fused, residual + widen(x))
+
+
+def test_a_nan_in_what_is_added_stays_in_its_row() -> None:
+    x, residual, weight, inner = sample((3, 40), np.float32)
+    x[1, 17] = np.nan
+    total = residual.copy()
+    y = add_rms_norm(x, total, weight, EPS, inner=inner)
+    assert np.isnan(y[1]).all() and np.isnan(total[1]).all()
+    assert np.isfinite(y[[0, 2]]).all() and np.isfinite(total[[0, 2]]).all()
+
+
 def test_references_agree_with_plain_formulas() -> None:
     x, _, weight, bias = sample((2, 5), np.float32)
     row, w, b = x[1].astype(float), weight.astype(float), bias.astype(float)

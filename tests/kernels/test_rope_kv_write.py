@@ -10,8 +10,9 @@ import pytest
 from pace_nb.kernels import jit, kv_write
 from pace_nb.kernels.bf16 import widen
 from pace_nb.kernels.kv_write import new_pool
+from pace_nb.kernels.norm import rms_norm
 from pace_nb.kernels.rope import rope, rotation
-from pace_nb.kernels.rope_kv_write import rope_kv_write
+from pace_nb.kernels.rope_kv_write import HeadNorms, rope_kv_write
 
 DTYPES = [np.uint16, np.float32]
 TABLE = np.array([[3, 0], [1, 4]])
@@ -37,18 +38,25 @@ def planned(pool: kv_write.KVPool) -> kv_write.WritePlan:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("d", "half"), [(2, 1), (24, 12), (64, 32), (80, 16), (40, 0)])
 @pytest.mark.parametrize("mode", ["numba", "reference"])
-def test_bits_of_rope_then_kv_write(d, half, dtype, interleaved, mode):
+@pytest.mark.parametrize("normed", [False, True])
+def test_bits_of_norms_then_rope_then_kv_write(d, half, dtype, interleaved, mode, normed):
     q, k, v, cos, sin, positions = case(d, half)
+    rng, eps = np.random.default_rng(d), 0.05
+    weights = rng.standard_normal((2, d)).astype(np.float32)
+    norms = HeadNorms(*weights, eps) if normed else None
     apart, fused = (new_pool(5, KV_HEADS, d, dtype) for _ in range(2))
     for pool in (apart, fused):  # what is there already stays
         pool.k[...] = pool.v[...] = 1
     with jit.using(mode):
         tables = positions, cos, sin
-        want = rope(q, *tables, interleaved=interleaved, dtype=dtype)
-        keys = rope(k, *tables, interleaved=interleaved, dtype=dtype)
+        heads = [
+            rms_norm(x.reshape(-1, d), weight, eps).reshape(x.shape) if normed else x
+            for x, weight in zip((q, k), weights, strict=True)
+        ]
+        want, keys = (rope(x, *tables, interleaved=interleaved, dtype=dtype) for x in heads)
         kv_write.write(keys, v, apart, planned(apart))
         turns = rotation(cos, sin, positions, interleaved)
-        queries = rope_kv_write(q, k, v, turns, fused, planned(fused))
+        queries = rope_kv_write(q, k, v, turns, fused, planned(fused), norms)
     np.testing.assert_array_equal(queries, want)
     np.testing.assert_array_equal(fused.k, apart.k)
     np.testing.assert_array_equal(fused.v, apart.v)
@@ -112,6 +120,21 @@ TURNS, PLAN = rotation(COS, SIN, POSITIONS), planned(POOL)
 def test_bad_input_names_the_argument(arguments: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"rope_kv_write: {message}"):
         rope_kv_write(*arguments)
+    assert not POOL.k.any() and not POOL.v.any()
+
+
+@pytest.mark.parametrize(
+    ("norms", "message"),
+    [
+        (HeadNorms(COS[0], COS[0], 1e-6), r"norms.q has shape \(12,\), expected \(24\)"),
+        (HeadNorms(Q[0, 0], Q[0, 0].astype(np.float64), 1e-6), "norms.k has dtype float64"),
+        (HeadNorms(Q[0, 0], Q[0, 0], -1.0), "norms.eps is -1.0, expected a finite number >= 0"),
+        (HeadNorms(Q[0, 0], Q[0, 0], np.nan), "norms.eps is nan"),
+    ],
+)
+def test_bad_norms_are_named(norms: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"rope_kv_write: {message}"):
+        rope_kv_write(Q, K, V, TURNS, POOL, PLAN, norms)
     assert not POOL.k.any() and not POOL.v.any()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pace_nb.layers.norm import HeadL2Norm, HeadRMSNorm, LayerNorm, RMSNorm
+from pace_nb.layers.norm import HeadL2Norm, LayerNorm, Normed, RMSNorm, head_norms
 
 
 def rms(x, weight, eps):
@@ -48,17 +48,29 @@ def test_norm_with_and_without_the_addition(load, rng, dtype, value, kind, bias)
     np.testing.assert_array_equal(residual, total)
 
 
-def test_heads_are_normalized_one_by_one_and_stay_float32(load, rng, dtype):
-    """A strided view of a fused projection, as an attention layer slices it."""
-    weight = rng.standard_normal(20).astype(np.float32)
-    module = HeadRMSNorm(20, 0.05)
-    load(module, dtype, {"weight": weight})
-    heads = rng.standard_normal((3, 7, 20)).astype(np.float32)[:, 2:6]
-    kept = heads.copy()
-    found = module(heads)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, rms(heads.astype(np.float64), weight, 0.05), atol=1e-5)
-    np.testing.assert_array_equal(heads, kept)
+def test_what_is_added_may_be_normalized_first(load, rng, dtype, value):
+    outer, inner = RMSNorm(37, 0.05), RMSNorm(37, 0.05)
+    weights = rng.standard_normal((2, 37)).astype(np.float32)
+    for module, weight in zip((outer, inner), weights, strict=True):
+        load(module, dtype, {"weight": weight})
+    residual, x = rng.standard_normal((2, 4, 37)).astype(np.float32)
+    total = residual + Normed(x, inner).value()
+    np.testing.assert_allclose(total - residual, rms(x, weights[1], 0.05), atol=1e-5)
+    found = outer(residual, Normed(x, inner))
+    np.testing.assert_array_equal(residual, total)
+    bound = 1e-5 if dtype == "float32" else 2**-8
+    np.testing.assert_allclose(value(found), rms(total, weights[0], 0.05), rtol=bound, atol=1e-5)
+
+
+def test_norms_of_heads_are_the_two_weights(load, rng):
+    q, k = RMSNorm(20, 0.05), RMSNorm(20, 0.05)
+    weights = rng.standard_normal((2, 20)).astype(np.float32)
+    for module, weight in zip((q, k), weights, strict=True):
+        load(module, "float32", {"weight": weight})
+    norms = head_norms(q, k)
+    np.testing.assert_array_equal(norms.q, weights[0])
+    np.testing.assert_array_equal(norms.k, weights[1])
+    assert norms.eps == 0.05
 
 
 def test_heads_are_normalized_without_a_weight(rng):
