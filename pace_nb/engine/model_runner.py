@@ -16,7 +16,7 @@ from pace_nb.batch import Batch
 from pace_nb.config import EngineConfig
 from pace_nb.engine.scheduler import Scheduled
 from pace_nb.errors import ConfigError, OutOfMemoryError
-from pace_nb.kernels import jit
+from pace_nb.kernels import jit, memory
 from pace_nb.kv_cache.base import BatchKV, KVCache
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class ModelRunner:
         self._num_threads = config.num_threads
         self.cache = cache
         self.use_threads()
+        memory.keep_freed()
 
     def use_threads(self) -> None:
         """Run kernels that the calling thread launches with the config's number of threads.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pace_nb.kernels.memory import CACHE_LINE, HUGE_PAGE, zeros
+from pace_nb.kernels.memory import CACHE_LINE, HUGE_PAGE, keep_freed, zeros
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.uint8])
@@ -34,3 +37,43 @@ def test_pages_that_are_not_written_cost_no_memory():
     x[5] = 1
     pages = int(statm.read_text().split()[1]) - before
     assert pages * 4096 < 64 << 20
+
+
+# The arrays of a layer, made and freed as a prefill of 1024 tokens does; prints page faults.
+LAYERS = """
+import resource, sys
+import numpy as np
+from pace_nb.kernels.memory import keep_freed
+kept = keep_freed() if "keep" in sys.argv else None
+def layers(n):
+    for _ in range(n):
+        x = np.empty(12_600_000, np.uint8); x.fill(1)
+        y = np.empty(8_400_000, np.uint8); y.fill(1)
+        z = np.empty(8_400_000, np.uint8); z.fill(1)
+        del x, y, z
+layers(3)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+layers(10)
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(*arguments: str, **environment: str) -> tuple[str, int]:
+    code = [sys.executable, "-c", LAYERS, *arguments]
+    run = subprocess.run(code, check=True, capture_output=True, env=os.environ | environment)
+    kept, count = run.stdout.decode().split()
+    return kept, int(count)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_what_is_freed_is_there_again_without_page_faults():
+    kept, count = faults("keep")
+    if kept == "False":
+        pytest.skip("not glibc")
+    assert count < 100 < faults()[1]
+    assert faults("keep", MALLOC_TRIM_THRESHOLD_="26000000")[0] == "False"
+
+
+def test_another_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert keep_freed() is False
