@@ -132,12 +132,13 @@ def _row_tile(mr):
     """The device function for `mr` rows; every size is its own type of tile, held in registers."""
 
     @jit.device_fn
-    def rows(a, a0, lda, b, b0, steps, ask0, rate, begun, c, c0, ldc, columns):
-        # a [mr, steps * S] at a0; b [steps, 64, S] at b0; c [mr, columns] at c0, begun or not
+    def rows(a, a0, lda, b, b0, steps, ask0, rate, begun, begin, g0, ldg, c, c0, ldc, columns):
+        # a [mr, steps * S] at a0; b [steps, 64, S] at b0; c [mr, columns] at c0. It begins with
+        # begin [mr, columns] at g0 if begun: c itself, or the bias, for which ldg is 0.
         s = per_word(a)
         acc = tile_zeros(mr, NV)
         if begun:
-            acc = tile_load_tail(mr, NV, c, c0, ldc, columns)
+            acc = tile_load_tail(mr, NV, begin, g0, ldg, columns)
         following, asked = b0 + steps * NR * s, ask0
         for p in range(steps):
             at = b0 + p * NR * s
@@ -186,17 +187,17 @@ def panel(a, a0, b, j, bias, column, c, c0, ldc, m, k, columns):
     # for: at each step of k the next pair of lines, and 2 pairs are a step of k.
     asking = min(m, ASKING + (m - ASKING) % MR)
     rate = ONCE if m <= TALL else (2 << FRACTION) // asking
-    for i in range(m if bias.size else 0):
-        for n in range(columns):
-            c[c0 + i * ldc + n] = bias[column + n]
     for p in range(0, steps, KC // s):
         n, begun = min(KC // s, steps - p), p > 0 or bias.size > 0
+        begin, g0, ldg = (c, c0, ldc) if p else (bias, column, 0)
         at, bt, i = a0 + p * s, (j * steps + p) * NR * s, 0
         while i < m:
             late = i - (m - asking)
             ask0, ask = (late * n * rate, rate) if late >= 0 else (0, 0)
-            left, ci = min(tall, m - i), c0 + i * ldc
-            i += _rows(left, a, at + i * k, k, b, bt, n, ask0, ask, begun, c, ci, ldc, columns)
+            left, ai, gi, ci = min(tall, m - i), at + i * k, g0 + i * ldg, c0 + i * ldc
+            i += _rows(
+                left, a, ai, k, b, bt, n, ask0, ask, begun, begin, gi, ldg, c, ci, ldc, columns
+            )
 
 
 # ---- kernels -------------------------------------------------------------------------------------
