@@ -201,6 +201,7 @@ class WritePlan(NamedTuple):
     rows: Array  # [N, 4] int64, one per unit to write: see the kernel
     num_tokens: int  # T
     num_units: int  # U of the pools it was checked for
+    longest: int  # the most tokens that one unit gets
 
 
 def plan(
@@ -254,7 +255,7 @@ def plan(
     slot = np.maximum(starts[owner] - begin, 0)
     end = np.minimum(ctx[owner] - begin, UNIT)
     rows = np.stack((unit, slot, end, cu[owner] + begin + slot - starts[owner]), axis=1)
-    return WritePlan(rows, num_tokens, num_units)
+    return WritePlan(rows, num_tokens, num_units, int((end - slot).max(initial=0)))
 
 
 def write(k: Array, v: Array, pool: KVPool, planned: WritePlan) -> None:

@@ -84,26 +84,28 @@ def rope_kv_write_ref(
 def _rope_kv_write_kernel(
     q, q_row, q_head, q_weight, k, k_row, k_head, k_weight, v, v_row, v_head, eps, normed,
     positions, cos, sin, half, interleaved, queries, keys, pool_k, pool_v,
-    tokens, heads, kv_heads, d, dp, s, in_pool, units, rows
+    tokens, heads, kv_heads, d, dp, s, in_pool, units, longest, rows
 ):  # fmt: skip
     # One unit of one head per task, as in kv_write.py, then a token's query heads of one key head.
     # On their way are `normed`, q's heads [T, H, D] and k's [T, KVH, D], empty without norms, and
-    # `keys` [T, KVH, D], rotated; a task reads what it wrote itself.
+    # `keys` [units, KVH, longest, D], rotated: a task reads what it wrote itself, row by row at
+    # `D`, as rows of a token lie a power of two apart and would push each other out of L1.
     writes, group = units * kv_heads, heads // kv_heads
     for task in prange(writes + tokens * kv_heads):
         if task < writes:
             i, h = task // kv_heads, task % kv_heads
             unit, slot, end, t = rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]
+            own = task * longest
             for r in range(t, t + end - slot):
-                c0, x0, y0 = positions[r] * half, r * k_row + h * k_head, (r * kv_heads + h) * d
+                c0, x0, y0 = positions[r] * half, r * k_row + h * k_head, (own + r - t) * d
                 x = k
                 if normed.size:
-                    n0 = tokens * heads * d + y0
+                    n0 = (tokens * heads + r * kv_heads + h) * d
                     rms_norm_row(k, x0, k_weight, eps, normed, n0, d)
                     x, x0 = normed, n0
                 rotate_head(x, x0, cos, sin, c0, half, interleaved, keys, y0, d)
-            p, row = (h * in_pool + unit) * 16, kv_heads * d
-            write_keys(keys, (t * kv_heads + h) * d, row, pool_k, p * d, slot, end, d, s)
+            p = (h * in_pool + unit) * 16
+            write_keys(keys, own * d, d, pool_k, p * d, slot, end, d, s)
             write_values(v, t * v_row + h * v_head, v_row, pool_v, p * dp, slot, end, d, dp, s)
         else:
             t, first = (task - writes) // kv_heads, (task - writes) % kv_heads * group
@@ -170,7 +172,7 @@ def rope_kv_write(
             rotation.cos.shape[1],
             rotation.interleaved,
             queries.reshape(-1),
-            np.empty(k.size, pool.k.dtype),
+            np.empty(len(planned.rows) * kv_heads * planned.longest * d, pool.k.dtype),
             pool.k.reshape(-1),
             pool.v.reshape(-1),
             tokens,
@@ -181,6 +183,7 @@ def rope_kv_write(
             s,
             pool.num_units,
             len(planned.rows),
+            planned.longest,
             planned.rows.reshape(-1),
         )
     return queries
