@@ -76,6 +76,8 @@ def flat_rows(x: Array) -> tuple[Array, int]:
 
     Without a copy where rows are contiguous and go forward; of a copy otherwise.
     """
+    if x.flags.c_contiguous:
+        return x.reshape(-1), x.shape[1]
     row, element = x.strides
     usable = x.shape[1] <= 1 or element == x.itemsize
     if (
