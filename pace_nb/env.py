@@ -10,7 +10,8 @@
     | OPENAI_API_KEY      | text            | none                           |                |
 
 `kernels/` imports nothing of the package, so it reads its two variables itself (and numba reads
-`NUMBA_*`). `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` belong to huggingface_hub, which reads them.
+`NUMBA_*`). `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` belong to huggingface_hub, which reads them;
+glibc's MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ are looked for only.
 A variable is read when its function is called, never at import; an empty one counts as unset.
 """
 
@@ -57,6 +58,11 @@ def debug() -> bool:
     if value in _TRUE | _FALSE:
         return value in _TRUE
     raise ConfigError(f"PACE_NB_DEBUG={value!r}: expected 0 or 1")
+
+
+def malloc_is_tuned() -> bool:
+    """Has the user set one of glibc's thresholds, which are then to stay?"""
+    return bool({"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys())
 
 
 def api_key() -> str | None:

@@ -70,3 +70,11 @@ def set_or_delete(monkeypatch, name, value):
         monkeypatch.delenv(name, raising=False)
     else:
         monkeypatch.setenv(name, value)
+
+
+def test_glibcs_thresholds_are_seen(monkeypatch):
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    assert not env.malloc_is_tuned()
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    assert env.malloc_is_tuned()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from pace_nb import env
 from pace_nb.batch import Batch
 from pace_nb.config import EngineConfig
 from pace_nb.engine.scheduler import Scheduled
@@ -57,7 +58,8 @@ class ModelRunner:
         self._num_threads = config.num_threads
         self.cache = cache
         self.use_threads()
-        memory.keep_freed()
+        if not env.malloc_is_tuned():
+            memory.keep_freed()
 
     def use_threads(self) -> None:
         """Run kernels that the calling thread launches with the config's number of threads.

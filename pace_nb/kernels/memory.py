@@ -12,7 +12,6 @@ A page costs no memory until it is written, and the first thread to write it is 
 from __future__ import annotations
 
 import ctypes
-import os
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -32,11 +31,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 def keep_freed() -> bool:
     """Have the C library keep what a step frees for the next one, for the whole process.
 
-    True if it is glibc, which alone is asked; other libraries are left to their own ways, and so is
-    glibc where MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ is set.
+    True if it is glibc, which alone is asked; other libraries are left to their own ways.
     """
-    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
-        return False
     try:
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018  musl has a mallopt that does nothing
