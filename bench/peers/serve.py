@@ -157,6 +157,20 @@ def version(name: str) -> str:
     return ", ".join(f"{package} {packages[package]}" for package in told if package in packages)
 
 
+def start(launch: Launch, log: Path, nice: int) -> subprocess.Popen[bytes]:
+    """The process, in a session of its own. `log` gets what it prints. nice: of all its threads."""
+    with open(log, "w") as stream:
+        return subprocess.Popen(
+            ["nice", "-n", str(nice), *launch.command],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            cwd=engines.ROOT,
+            env={**os.environ, **launch.environment},
+            start_new_session=True,
+        )
+
+
 class Server:
     """A running server with all its processes. A context manager; leaving it ends them.
 
@@ -170,16 +184,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
         self._nice = nice
-        with open(log, "w") as stream:
-            self._process = subprocess.Popen(
-                ["nice", "-n", str(nice), *launch.command],
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                cwd=engines.ROOT,
-                env={**os.environ, **launch.environment},
-                start_new_session=True,
-            )
+        self._process = start(launch, log, nice)
 
     def wait(self, seconds: float = READY_SECONDS) -> None:
         """Until it takes requests. RuntimeError where it ends instead, or takes longer."""
@@ -271,16 +276,7 @@ def ask(launch: Launch, to: Path, log: Path, nice: int) -> Figures:
     Its priority is the servers' own: behind threads that spin it would send late and read in gulps,
     and call that the server's times.
     """
-    with open(log, "w") as stream:
-        client = subprocess.Popen(
-            ["nice", "-n", str(nice), *launch.command],
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            cwd=engines.ROOT,
-            env={**os.environ, **launch.environment},
-            start_new_session=True,
-        )
+    client = start(launch, log, nice)
     try:
         if nice:
             engines.prefer(client.pid, nice)
