@@ -24,12 +24,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`make test-long`: the same property tests, 20 times as many examples."""
     if not os.environ.get("PACE_NB_TEST_LONG"):
         return
-    functions = {getattr(item, "obj", None) for item in items}  # one for all its parameters
-    for function in functions:
-        found = getattr(function, "_hypothesis_internal_use_settings", None)
+    places = set()  # where Hypothesis keeps settings: one for all parameters of a function
+    for item in items:
+        function = getattr(item, "obj", None)
+        machine = getattr(function, "_hypothesis_state_machine_class", None)
+        kept = (function, "_hypothesis_internal_use_settings")
+        places.add((machine.TestCase, "settings") if machine else kept)
+    for place, name in places:
+        found = getattr(place, name, None)
         if found is not None:
             more = settings(found, max_examples=20 * found.max_examples, deadline=None)
-            function._hypothesis_internal_use_settings = more
+            setattr(place, name, more)
 
 
 @pytest.fixture(scope="session")

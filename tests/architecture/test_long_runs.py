@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from tests.conftest import pytest_collection_modifyitems
 
@@ -46,12 +47,37 @@ def test_a_property_has_twenty_times_as_many_examples_whatever_its_parameters(mo
     assert other._hypothesis_internal_use_settings.max_examples == 60
 
 
+def test_a_state_machine_has_twenty_times_as_many_examples(monkeypatch):
+    """Its settings lie with the class; here as pytest finds it, and run."""
+    histories = []
+
+    class Machine(RuleBasedStateMachine):
+        def __init__(self):
+            super().__init__()
+            histories.append(self)
+
+        @rule(number=st.integers())
+        def act(self, number):
+            pass
+
+    case = Machine.TestCase
+    case.settings = settings(max_examples=5, stateful_step_count=2, deadline=None, database=None)
+    monkeypatch.setenv("PACE_NB_TEST_LONG", "1")
+    pytest_collection_modifyitems([SimpleNamespace(obj=case("runTest").runTest)])
+    assert case.settings.max_examples == 100 and case.settings.stateful_step_count == 2
+    case("runTest").runTest()
+    assert len(histories) >= 100
+
+
 def test_every_test_that_can_be_long_is_among_them(repository, chosen):
-    """Those that ask for the variable themselves."""
-    asking = {
+    """Properties, and those that ask for the variable themselves."""
+    folder = repository / "tests"
+    long = {
         path
-        for path in (repository / "tests").rglob("test_*.py")
-        if "PACE_NB_TEST_LONG" in path.read_text() and "architecture" not in path.parts
+        for path in folder.rglob("test_*.py")
+        if re.search(r"PACE_NB_TEST_LONG|^from hypothesis import", path.read_text(), re.MULTILINE)
+        and path.parent != folder / "architecture"
     }
     covered = {p for path in chosen for p in ([path] if path.is_file() else path.rglob("*.py"))}
-    assert asking and asking <= covered
+    assert len(long) > 20
+    assert not {str(path.relative_to(repository)) for path in long - covered}
