@@ -178,7 +178,7 @@ def read_json(data: bytes | str) -> dict[str, Any]:
     """
     collects = gc.isenabled()
     try:
-        text = data if isinstance(data, str) else data.decode()
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")  # Windows' tools add one
         if sum(map(text.count, ",:[{")) > MAX_JSON_VALUES:
             raise ApiError(
                 f"the body has more than {MAX_JSON_VALUES} values (commas, colons and brackets "
@@ -312,11 +312,13 @@ class _Fields:
             raise ApiError(f"the body is {_kind(body)}, expected an object")
         self._body = body
         for name, reason in _REFUSED.items():
-            if body.get(name) is not None:
+            if body.get(name) not in (None, False, [], {}, "", "none"):  # a client's way to say no
                 raise ApiError(f"{name} is given: {reason}", param=name)
 
     def get(self, name: str) -> Any:
-        return self._body.get(name)
+        """A number without a fraction as an integer: some clients write 5 as 5.0."""
+        value = self._body.get(name)
+        return int(value) if type(value) is float and value.is_integer() else value
 
     def refuse(self, name: str, expected: str) -> NoReturn:
         raise ApiError(f"{name} is {_shown(self.get(name))}, expected {expected}", param=name)
@@ -502,9 +504,14 @@ def _tools(found: _Fields) -> tuple[list[Any] | None, str | Mapping[str, Any]]:
                 '{"name": ..., "parameters": ...}}',
                 param="tools",
             )
+        if len(name) > MAX_NAME:
+            raise ApiError(
+                f"tools[{i}] has a name of {len(name)} characters, expected at most {MAX_NAME}",
+                param="tools",
+            )
         names.append(name)
     choice = found.get("tool_choice")
-    if choice is None:
+    if choice is None or (choice == "auto" and not tools):
         return tools, "auto" if tools else "none"
     if choice == "none":
         return None, "none"
@@ -535,7 +542,12 @@ def _forced_call(
     for name, function in functions.items():
         parameters = dict(_parameters(function))
         for kind in ("$defs", "definitions"):  # references begin at the root
-            for key, value in (parameters.pop(kind, None) or {}).items():
+            below = parameters.pop(kind, None) or {}
+            if not isinstance(below, Mapping):
+                raise ApiError(
+                    f"a tool's {kind} are {_shown(below)}, expected an object", param="tools"
+                )
+            for key, value in below.items():
                 if definitions.setdefault(kind, {}).setdefault(key, value) != value:
                     raise ApiError(
                         f"tools have different {kind} of the name {_shown(key)}, expected one",
@@ -556,11 +568,16 @@ def _forced_call(
 
 
 def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema of a function's arguments."""
-    parameters = function.get("parameters") or {"type": "object", "properties": {}}
+    """The schema of a function's arguments, which are an object whether it says so or not."""
+    parameters = function.get("parameters") or {"properties": {}}
     if not isinstance(parameters, Mapping):
         raise ApiError("a tool's parameters are wrong, expected a JSON schema", param="tools")
-    return parameters
+    kind = parameters.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise ApiError(
+            f"a tool's parameters are of type {_shown(kind)}, expected 'object'", param="tools"
+        )
+    return {**parameters, "type": "object"}
 
 
 def _form(found: _Fields) -> StructuredOutputsParams | None:

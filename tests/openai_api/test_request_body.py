@@ -109,6 +109,25 @@ def test_an_echo_of_nothing_but_the_prompt():
     assert not completion(echo=True, max_tokens=1).prompt_only
 
 
+def test_what_is_not_built_may_be_declined():
+    """vLLM's older clients always send use_beam_search, OpenAI's older ones function_call."""
+    declined = {"use_beam_search": False, "logits_processors": [], "prompt_embeds": None}
+    assert completion(**declined).unknown_fields == chat(**declined).unknown_fields
+    assert chat(functions=[], function_call="none").tools is None
+
+
+def test_a_whole_number_may_have_a_point():
+    """As JSON has it, where clients know one kind of number only."""
+    given = {"max_tokens": 5.0, "n": 2.0, "top_k": 3.0, "seed": 7.0, "min_tokens": 1.0}
+    for read in (completion, chat):
+        assert (
+            read(**given, priority=1.0).params
+            == read(max_tokens=5, n=2, top_k=3, seed=7, min_tokens=1).params
+        )
+    with pytest.raises(ApiError, match=r"max_tokens is 5\.5"):
+        chat(max_tokens=5.5)
+
+
 def test_what_is_passed_through():
     body = chat(
         tools=[TOOL], tool_choice="auto", priority=-3,
@@ -133,10 +152,17 @@ def test_what_is_passed_through():
 def test_tools_and_the_choice_among_them():
     assert chat(tools=[TOOL]).tool_choice == "auto"
     assert chat(tools=[]).tools is None
+    for without in ({}, {"tools": []}):  # some clients always send the choice
+        body = chat(tool_choice="auto", **without)
+        assert (body.tools, body.tool_choice) == (None, "none")
     hidden = chat(tools=[TOOL], tool_choice="none")
     assert (hidden.tools, hidden.tool_choice) == (None, "none")
     named = {"type": "function", "function": {"name": "f"}}
     assert chat(tools=[TOOL], tool_choice=named).tool_choice == named
+
+
+def tool(name, parameters):
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
 def form(body):
@@ -163,10 +189,6 @@ def test_the_older_names_of_structured_outputs():
     assert e.value.param == "guided_json"
 
 
-def tool(name, parameters):
-    return {"type": "function", "function": {"name": name, "parameters": parameters}}
-
-
 def test_tools_that_must_be_called_give_the_form():
     place = {"type": "object", "properties": {"at": {"$ref": "#/$defs/P"}}, "$defs": {"P": {}}}
     tools = [tool("f", place), {"type": "function", "function": {"name": "g"}}]
@@ -186,6 +208,28 @@ def test_tools_that_must_be_called_give_the_form():
         chat(tools=[*tools, other], tool_choice="required")
     with pytest.raises(ApiError, match="parameters are wrong"):
         chat(tools=[tool("f", "x")], tool_choice="required")
+    for kind in ("$defs", "definitions"):
+        wrong = tool("f", {"type": "object", kind: 5})
+        with pytest.raises(ApiError, match="are 5, expected an object") as error:
+            chat(tools=[wrong], tool_choice="required")
+        assert error.value.param == "tools"
+
+
+@pytest.mark.parametrize("kind", [{}, {"type": "object"}, {"type": ["object", "null"]}])
+def test_arguments_are_an_object_whether_the_schema_says_so_or_not(kind):
+    properties = {"properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    tools = [tool("f", {**kind, **properties})]
+    wanted = {"type": "object", **properties}
+    named = {"type": "function", "function": {"name": "f"}}
+    assert form(chat(tools=tools, tool_choice=named)) == {"json": wanted}
+    (call,) = form(chat(tools=tools, tool_choice="required"))["json"]["items"]["anyOf"]
+    assert call["properties"]["parameters"] == wanted
+
+
+@pytest.mark.parametrize("kind", ["string", ["string", "null"], 5, None])
+def test_arguments_that_are_none(kind):
+    with pytest.raises(ApiError, match=r"a tool.s parameters are of type .*, expected .object."):
+        chat(tools=[tool("f", {"type": kind})], tool_choice="required")
 
 
 def test_a_message_may_be_in_parts_and_may_be_gone_on_with():
@@ -291,7 +335,8 @@ def test_a_mistake_in_a_completion(fields, param, message):
         ({"tools": {}}, "tools", "a list of objects"),
         ({"tools": [{"type": "function"}]}, "tools", r"tools\[0\] is wrong"),
         ({"tools": [TOOL] * 129}, "tools", "at most 128"),
-        ({"tool_choice": "auto"}, "tool_choice", "expected tools to be given"),
+        ({"tool_choice": "required"}, "tool_choice", "expected tools to be given"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice", "expected tools to be given"),
         ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice", "'required' or a function"),
         (
             {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
@@ -305,7 +350,9 @@ def test_a_mistake_in_a_completion(fields, param, message):
             "add_generation_prompt",
             "expected false where",
         ),
-        ({"functions": []}, "functions", "give tools instead"),
+        ({"functions": [{"name": "f"}]}, "functions", "give tools instead"),
+        ({"function_call": "auto"}, "function_call", "give tool_choice instead"),
+        ({"tools": [tool("f" * 257, {})]}, "tools", r"tools\[0\] has a name of 257 characters"),
         ({"reasoning_effort": 5}, "reasoning_effort", "expected text of 1 to 16"),
     ],
 )
@@ -382,6 +429,10 @@ def test_any_value_in_any_field_is_taken_or_refused_in_one_line(fields, is_chat)
         assert error.status == 400
     else:
         assert isinstance(found.params, SamplingParams)
+
+
+def test_a_byte_order_mark_is_none_of_the_body():
+    assert read_json(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
 
 
 def test_a_body_reads_the_same_from_bytes_and_text():
