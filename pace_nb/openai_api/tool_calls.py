@@ -406,7 +406,8 @@ class NamedReader:
 
 
 class RequiredReader:
-    """A text that a grammar has made an array of calls."""
+    """A text that a grammar has made an array of calls. One that is cut off before its name is told
+    is nothing: no client could read the rest of it."""
 
     def __init__(self) -> None:
         self._calls = _Calls(0)
@@ -415,7 +416,7 @@ class RequiredReader:
         return self._calls.push(text)
 
     def finish(self) -> list[Piece]:
-        return self._calls.finish()
+        return [piece for piece in self._calls.finish() if piece.kind != "content"]
 
 
 def _placed(content: Trimmed, pieces: list[Piece]) -> list[Piece]:
