@@ -100,6 +100,17 @@ class PromptReader:
         return [token_ids for token_ids in spelled if token_ids]
 
 
+def last_tokens(token_ids: list[int], kept: int | None, max_model_len: int) -> list[int]:
+    """What `SamplingParams.truncate_prompt_tokens` leaves of a prompt; -1: room for one new token.
+
+    None leaves all of it.
+    """
+    if kept is None:
+        return token_ids
+    kept = max_model_len - 1 if kept == -1 else kept
+    return token_ids[max(0, len(token_ids) - kept) :]
+
+
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     """One prompt as a list of one; a list as it is."""
     if isinstance(prompts, str | Mapping):

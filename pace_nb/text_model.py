@@ -28,7 +28,7 @@ from pace_nb.models import hub
 from pace_nb.models.loader import Checkpoint
 from pace_nb.models.registry import Model, load_model
 from pace_nb.outputs import RequestMetrics
-from pace_nb.prompts import PromptInput, PromptReader
+from pace_nb.prompts import PromptInput, PromptReader, last_tokens
 from pace_nb.sampling_params import SamplingParams
 from pace_nb.structured_outputs import StructuredOutputsParams
 from pace_nb.tokenizer import Tokenizer, token_ids_field
@@ -114,11 +114,9 @@ class TextModel:
             raise InvalidRequestError(
                 f"sampling_params is a {type(params).__name__}, expected SamplingParams"
             )
-        prompt_token_ids = prompt.token_ids
-        kept = params.truncate_prompt_tokens
-        if kept is not None:  # -1: leave room for one new token
-            kept = self.max_model_len - 1 if kept == -1 else kept
-            prompt_token_ids = prompt_token_ids[max(0, len(prompt_token_ids) - kept) :]
+        prompt_token_ids = last_tokens(
+            prompt.token_ids, params.truncate_prompt_tokens, self.max_model_len
+        )
         room = max(1, self.max_model_len - len(prompt_token_ids))  # too long a prompt: see check
         number = str(next(self._ids))  # names it in the engine, whatever the caller calls it
         metrics = RequestMetrics(arrival_time=time.monotonic())  # of all n together

@@ -221,7 +221,9 @@ class CompletionResponse(_Response):
         return choice
 
     def _prompt_text(self, output: RequestOutput) -> str:
-        if output.prompt is not None or self._tokenizer is None:
+        """What is echoed: the prompt as it came, or what was left of it."""
+        is_whole = self._body.params.truncate_prompt_tokens is None
+        if self._tokenizer is None or (is_whole and output.prompt is not None):
             return output.prompt or ""
         return self._tokenizer.decode(output.prompt_token_ids)
 

@@ -30,6 +30,7 @@ from pace_nb.openai_api import request_body
 from pace_nb.openai_api.request_body import ChatBody, CompletionBody
 from pace_nb.openai_api.response_body import ChatResponse, CompletionResponse, Json, error_body
 from pace_nb.outputs import RequestOutput
+from pace_nb.prompts import last_tokens
 from pace_nb.server.answers import DONE, EventStream, comment, event, json_response
 from pace_nb.server.engine_client import EngineClient, Ticket
 from pace_nb.server.guard import CLIENT_CLOSED, request_id
@@ -143,7 +144,7 @@ async def generate(
     exchange = Exchange(request, service, num_prompts)
     try:
         exchange.admit(num_prompts * body.params.n)
-        prompts = await read_prompts(service, body)
+        prompts = [_cut(service, body, prompt) for prompt in await read_prompts(service, body)]
         for prompt in prompts:
             _check_length(service, body, raw, prompt)
         if isinstance(body, ChatBody):
@@ -336,6 +337,14 @@ def _progress(mailbox: Mailbox) -> str:
     computed = sum(one.num_computed for one in mailbox.progress.values())
     total = sum(one.num_tokens for one in mailbox.progress.values())
     return f"keepalive {computed}/{total}"
+
+
+def _cut(service: Service, body: ChatBody | CompletionBody, prompt: Prompt) -> Prompt:
+    """What is left of a prompt where the body wants less of it: what is counted and told."""
+    kept, longest = body.params.truncate_prompt_tokens, service.max_model_len
+    if kept is None or longest is None:
+        return prompt
+    return replace(prompt, token_ids=last_tokens(prompt.token_ids, kept, longest))
 
 
 def _check_length(

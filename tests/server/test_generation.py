@@ -247,6 +247,29 @@ def test_a_context_that_is_too_long_is_told_in_the_words_that_clients_know(serve
     assert server.complete([5] * 2000, truncate_prompt_tokens=10, max_tokens=1).status == 200
 
 
+def test_what_is_left_of_a_prompt_is_what_is_counted_and_told(server, llm):
+    """Of the last tokens, whichever way the prompt came: usage, ids, echo and logprobs."""
+    tokenizer = llm.get_tokenizer()
+    ids = tokenizer.encode("Once upon a time")
+    for prompt in ("Once upon a time", ids):
+        for max_tokens in (0, 2):
+            asked = {"truncate_prompt_tokens": 2, "max_tokens": max_tokens, "echo": True}
+            reply = server.complete(prompt, **asked, logprobs=1, return_token_ids=True)
+            (choice,) = reply.json()["choices"]
+            assert reply.json()["usage"]["prompt_tokens"] == 2
+            assert choice["prompt_token_ids"] == ids[-2:] and len(choice["prompt_logprobs"]) == 2
+            assert len(choice["logprobs"]["tokens"]) == 2 + max_tokens
+            assert choice["text"].startswith(" a time")
+            assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    left = {"messages": user("Once upon a time"), "truncate_prompt_tokens": 3, "max_tokens": 1}
+    assert server.post(CHAT, left).json()["usage"]["prompt_tokens"] == 3
+    whole = server.complete([5] * 2000, truncate_prompt_tokens=-1, max_tokens=1).json()
+    assert whole["usage"]["prompt_tokens"] == 1023
+    for too_much in (1024, 3000):
+        reply = server.complete([5] * 2000, truncate_prompt_tokens=too_much, max_tokens=1)
+        assert reply.status == 400 and "maximum context length" in reply.error["message"]
+
+
 @pytest.mark.parametrize(
     "prompt", ["", [], [[]], [""], "   ", "\0", "\ud800", [-1], [1536], [2**40]]
 )
