@@ -10,6 +10,7 @@ from __future__ import annotations
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -182,14 +183,12 @@ _HANDLERS = {
 
 def create_app(service: Service) -> ASGIApp:
     """The ASGI app of one service, guarded."""
-    inner = Starlette(
-        routes=[*ROUTES, *PAGE_ROUTES] if service.settings.web_page else ROUTES,
-        exception_handlers={
-            HTTPException: _http_error,
-            InvalidRequestError: _invalid,
-        },
-    )
+    inner = Starlette(routes=[*ROUTES, *PAGE_ROUTES] if service.settings.web_page else ROUTES)
     inner.router.redirect_slashes = False
+    # Starlette's own stack also catches what these do not, and answers in plain text: the guard's.
+    inner.middleware_stack = ExceptionMiddleware(
+        inner.router, {HTTPException: _http_error, InvalidRequestError: _invalid}
+    )
     inner.state.service = service
 
     def observe(method: str, path: str, status: int) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from types import SimpleNamespace
+
 import pytest
 
 import pace_nb
-from pace_nb.server.app import ROUTES
+from pace_nb.server.app import ROUTES, create_app
+from pace_nb.server.settings import Settings
+from pace_nb.server.turns import Turns
 from pace_nb.tokenizer import Tokenizer
 
 DEMO = "pace-nb-demo"
@@ -28,6 +34,36 @@ def test_S7_S40_no_route_loads_a_model_or_reads_a_file():
         ("/version", "GET", "HEAD"),
         ("/load", "GET", "HEAD"),
     }
+
+
+def test_S30_what_fails_in_a_route_is_told_in_openais_shape(caplog):
+    """Not in plain text, as Starlette would, and by nobody but the guard."""
+    failing = SimpleNamespace(settings=Settings(), turns=Turns(), metrics=Seen())
+    scope = {
+        "type": "http", "method": "GET", "path": "/load", "headers": [], "query_string": b"",
+    }  # fmt: skip
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(create_app(failing)(scope, None, send))  # it has no num_requests
+    assert [one["type"] for one in sent] == ["http.response.start", "http.response.body"]
+    error = json.loads(sent[1]["body"])["error"]
+    assert (sent[0]["status"], error["code"], error["type"]) == (500, 500, "InternalServerError")
+    assert dict(sent[0]["headers"])[b"x-request-id"].decode() in error["message"]
+    assert "num_requests" not in error["message"] and "num_requests" in caplog.text
+    assert failing.metrics.seen == [("GET", "/load", 500)]
+
+
+class Seen:
+    """Metrics that note requests."""
+
+    def __init__(self):
+        self.seen = []
+
+    def http(self, *request):
+        self.seen.append(request)
 
 
 def test_models(server, tight):
