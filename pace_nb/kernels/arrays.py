@@ -19,6 +19,7 @@ STORAGE = (
     np.uint16,
     np.float32,
 )  # BF16 bits, float32: what weights, activations and caches are stored as
+NOTHING: Array = np.empty(0, np.float32)  # what a kernel is given for a weight or bias left out
 
 
 def require(

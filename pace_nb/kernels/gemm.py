@@ -14,16 +14,16 @@ In `data` N is padded to 64 and K to S with zeros.
 Moves: N K size(W) + M K size(A) + 4 M N bytes.
 Does: 2 M N K FLOPs. M = 1 is bound by reading W from DRAM, large M by the dot-product units
     (`vdpbf16ps`: 64 FLOPs an instruction).
-Order: one f32 accumulator per element of C, k ascending (within a BF16 pair k + 1 before k, as
-    `vdpbf16ps` does). It depends neither on M nor on the row's place in the batch, on blocking
-    (between K blocks the accumulator waits in C, exactly) or on threads: a row's bits are the same
-    alone and in any batch.
+Order: one f32 accumulator per element of C, from the bias on, k ascending (within a BF16 pair
+    k + 1 before k, as `vdpbf16ps` does). It depends neither on M nor on the row's place in the
+    batch, on blocking (between K blocks the accumulator waits in C, exactly) or on threads: a row's
+    bits are the same alone and in any batch.
 Error: |C - exact| <= (K + 1) (2^-24 (|bias| + sum |A| |W|) + 2^-126) for inputs as stored: the
     bound of a sequential f32 sum, and what falls below f32's normal range. Where a CPU has no fma,
     twice that.
 Cautions: `vdpbf16ps` flushes denormals to zero: of A, W and bias, and its own results. NaN or
     infinity in row m of A reaches row m of C only; in row n of W, column n only. `out` may not
-    overlap `x`.
+    overlap `x` or `bias`.
 Source: register tile and panel packing after Goto and van de Geijn 2008 and BLIS (names MR, NR,
     KC); re-implements PACE's TPP linear (csrc/ops/libxsmm), which packs [N/32, K/64, 32, 32, 2] and
     rounds C to BF16.
@@ -41,7 +41,15 @@ from numba import prange
 from numpy.typing import DTypeLike
 
 from pace_nb.kernels import jit
-from pace_nb.kernels.arrays import STORAGE, Array, contiguous, in_range, require, writable
+from pace_nb.kernels.arrays import (
+    NOTHING,
+    STORAGE,
+    Array,
+    contiguous,
+    in_range,
+    require,
+    writable,
+)
 from pace_nb.kernels.bf16 import narrow, widen
 from pace_nb.kernels.lanes import prefetch, prefetch_once
 from pace_nb.kernels.memory import zeros
@@ -66,9 +74,6 @@ KC = 2048  # k per block: a panel's block is 256 KiB in BF16, a quarter of L2; r
 ASKING = 48
 FRACTION = 16  # bits below the point in how much of the next block has been asked for
 ONCE = -1  # a rate of asking: nobody reads this block again, and it is asked for step by step
-
-
-_NO_BIAS = np.empty(0, np.float32)
 
 
 class PackedWeight(NamedTuple):
@@ -122,7 +127,9 @@ def _step(x: Array) -> int:
 
 
 def packed_size(n: int, k: int, dtype: DTypeLike) -> int:
-    """Elements of `data` for a weight [n, k]."""
+    """Elements of `data` for a weight [n, k]. ValueError unless it has a row and a column."""
+    if min(n, k) < 1:
+        raise ValueError(f"packed_size: ({n}, {k}), expected at least one row and column")
     step = 2 if dtype == np.uint16 else 1
     return -(-n // NR) * NR * -(-k // step) * step
 
@@ -343,12 +350,14 @@ def gemm(
         writable("gemm", "out", out)
         if np.may_share_memory(x, out):
             raise ValueError("gemm: out shares memory with x, which is read until the end")
+        if bias is not None and np.may_share_memory(bias, out):
+            raise ValueError("gemm: out shares memory with bias, which is read until the end")
     if jit.use_reference():
         exact = narrow(gemm_ref(x, unpack_weight(weight), bias), np.float32)
         return exact if out is None else _put(exact, out)
     m, n, n_pad = len(x), weight.n, -weight.n % NR
     if bias is None:
-        bias = _NO_BIAS
+        bias = NOTHING
     elif n_pad:
         bias = np.pad(bias, (0, n_pad))
     a, m_pad, k = padded(x)

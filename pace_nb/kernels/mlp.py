@@ -42,7 +42,7 @@ from pace_nb.kernels.activation import (
     gated_activation_ref,
     gated_row,
 )
-from pace_nb.kernels.arrays import Array, require, writable
+from pace_nb.kernels.arrays import NOTHING, Array, require, writable
 from pace_nb.kernels.bf16 import narrow
 from pace_nb.kernels.gemm import NR, PackedWeight, gemm_ref, panel
 
@@ -99,7 +99,7 @@ def new_mlp_weight(
     """A weight of zeros for F = n, to be filled by `pack_mlp_rows`; biases f32 [P, F] or None."""
     parts = GATE_AND_UP if gated else 1
     panels = -(-n // NR)
-    bias = np.empty(0, np.float32)
+    bias = NOTHING
     if biases is not None:
         require("new_mlp_weight", "biases", biases, (parts, n))
         padded = np.pad(biases, ((0, 0), (0, panels * NR - n)))

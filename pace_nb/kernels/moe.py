@@ -35,7 +35,15 @@ import numpy as np
 from numba import prange
 
 from pace_nb.kernels import jit
-from pace_nb.kernels.arrays import STORAGE, Array, ascends, contiguous, in_range, require
+from pace_nb.kernels.arrays import (
+    NOTHING,
+    STORAGE,
+    Array,
+    ascends,
+    contiguous,
+    in_range,
+    require,
+)
 from pace_nb.kernels.bf16 import narrow, widen
 from pace_nb.kernels.gemm import (
     NR,
@@ -155,7 +163,7 @@ def check_offsets(kernel: str, offsets: Array, num_experts: int, rows: int) -> N
 def pad_bias(bias: Array | None) -> Array:
     """bias [X, N], each expert's padded to whole panels, flat; empty for None."""
     if bias is None:
-        return np.empty(0, np.float32)
+        return NOTHING
     return np.pad(bias, ((0, 0), (0, -bias.shape[1] % NR))).reshape(-1)
 
 

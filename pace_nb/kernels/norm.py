@@ -23,7 +23,8 @@ Error: sums run in f32 over 64 interleaved partial sums of E/64 terms each, then
     where few large elements come before many small ones). LayerNorm takes the variance of x - mean
     (two passes over a row in L1), so nothing cancels but in the mean: |y - ref| <=
     (E/64 + 9) 2^-24 (|ref| + |weight| max|x| / std). A BF16 y adds its rounding, 2^-8 |ref|.
-Cautions: squares are summed in f32: beyond |x| about 1e19 they overflow and the row becomes zeros.
+Cautions: squares are summed in f32: beyond |x| about 1e19 they overflow and the row becomes zeros,
+    below 1e-19 they vanish, which shows only where eps is 0 (a row of zeros is NaN there).
     A NaN makes its whole row NaN, an infinity itself NaN and the rest of its row 0 (RMSNorm) or NaN
     (LayerNorm), as the formulas do; no other row is touched. `out` may be `x` itself when both have
     one dtype; any other overlap is wrong.
@@ -42,7 +43,7 @@ from numba import prange
 from numpy.typing import DTypeLike
 
 from pace_nb.kernels import jit
-from pace_nb.kernels.arrays import STORAGE, Array, flat_rows, require, writable
+from pace_nb.kernels.arrays import NOTHING, STORAGE, Array, flat_rows, require, writable
 from pace_nb.kernels.bf16 import narrow, widen
 from pace_nb.kernels.lanes import (
     fma,
@@ -146,7 +147,8 @@ def _add_row(x, x0, residual, r0, e):
 def _rms_scale(x, x0, eps, e):
     """1 / sqrt(mean(x^2) + eps) of x[x0 : x0 + e], in every lane."""
     mean_square = np.float64(_row_squares(x, x0, e, splat(0.0))) / e
-    return splat(1.0 / math.sqrt(mean_square + eps))
+    # Not math.sqrt: interpreted, too, 1 / 0 is then infinity.
+    return splat(1.0 / np.sqrt(mean_square + eps))
 
 
 @jit.device_fn
@@ -181,7 +183,7 @@ def rms_norm_row(x, x0, weight, eps, out, y0, e):
 def _layer_norm_row(x, x0, weight, bias, eps, out, y0, e):
     mean = splat(np.float64(_row_sum(x, x0, e)) / e)
     variance = np.float64(_row_squares(x, x0, e, mean)) / e
-    scale = splat(1.0 / math.sqrt(variance + eps))
+    scale = splat(1.0 / np.sqrt(variance + eps))
     whole = e // 16 * 16
     for i in range(0, whole, 16):
         store(out, y0 + i, fma((load(x, x0 + i) - mean) * scale, load(weight, i), load(bias, i)))
@@ -224,7 +226,10 @@ def _add_layer_norm_kernel(x, stride, residual, weight, bias, eps, out, rows, e)
 
 
 # ---- public wrappers -----------------------------------------------------------------------------
-_NO_WEIGHT = np.empty(0, np.float32)
+def check_eps(kernel: str, name: str, eps: float) -> None:
+    """`eps` must be a finite number >= 0."""
+    if not (eps >= 0.0 and math.isfinite(eps)):
+        raise ValueError(f"{kernel}: {name} is {eps}, expected a finite number >= 0")
 
 
 def _checked(
@@ -243,8 +248,7 @@ def _checked(
         require(kernel, "bias", bias, (x.shape[1],))
     if x.shape[1] == 0:
         raise ValueError(f"{kernel}: x has shape {x.shape}, expected at least one column")
-    if not (eps >= 0.0 and math.isfinite(eps)):
-        raise ValueError(f"{kernel}: eps is {eps}, expected a finite number >= 0")
+    check_eps(kernel, "eps", eps)
     if out is None:
         out = np.empty(x.shape, dtype)
     require(kernel, "out", out, x.shape, STORAGE)
@@ -300,7 +304,7 @@ def add_rms_norm(
             _add_rms_norm_kernel(
                 flat,
                 stride,
-                _NO_WEIGHT if inner is None else np.ascontiguousarray(inner),
+                NOTHING if inner is None else np.ascontiguousarray(inner),
                 residual.reshape(-1),
                 np.ascontiguousarray(weight),
                 eps,

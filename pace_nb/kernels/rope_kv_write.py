@@ -27,14 +27,13 @@ Ledger: rope_kv_write.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 from numba import prange
 
 from pace_nb.kernels import jit
-from pace_nb.kernels.arrays import Array, flat_heads, require
+from pace_nb.kernels.arrays import NOTHING, Array, flat_heads, require
 from pace_nb.kernels.bf16 import narrow
 from pace_nb.kernels.kv_write import (
     KVPool,
@@ -44,10 +43,8 @@ from pace_nb.kernels.kv_write import (
     write_ref,
     write_values,
 )
-from pace_nb.kernels.norm import rms_norm_ref, rms_norm_row
+from pace_nb.kernels.norm import check_eps, rms_norm_ref, rms_norm_row
 from pace_nb.kernels.rope import Rotation, check_rotation, rope_ref, rotate_head
-
-_NO_WEIGHT = np.empty(0, np.float32)
 
 
 class HeadNorms(NamedTuple):
@@ -144,12 +141,11 @@ def rope_kv_write(
     if q.shape[1] % kv_heads:
         raise ValueError(f"{name}: q has {q.shape[1]} heads, expected a multiple of {kv_heads}")
     check_rotation(name, rotation, tokens, d)
-    weights, eps, on_their_way = (_NO_WEIGHT, _NO_WEIGHT), 0.0, 0
+    weights, eps, on_their_way = (NOTHING, NOTHING), 0.0, 0
     if norms is not None:
         require(name, "norms.q", norms.q, (d,))
         require(name, "norms.k", norms.k, (d,))
-        if not (norms.eps >= 0.0 and math.isfinite(norms.eps)):
-            raise ValueError(f"{name}: norms.eps is {norms.eps}, expected a finite number >= 0")
+        check_eps(name, "norms.eps", norms.eps)
         weights = np.ascontiguousarray(norms.q), np.ascontiguousarray(norms.k)
         eps, on_their_way = norms.eps, q.size + k.size
     queries = np.empty(q.shape, pool.k.dtype)

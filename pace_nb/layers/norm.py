@@ -46,14 +46,16 @@ class RMSNorm(Module):
         out = np.empty(residual.shape, self._dtype)
         if delta is None:
             return norm.rms_norm(residual, self.weight, self.eps, out=out)
-        x, inner = delta if isinstance(delta, Normed) else (delta, None)
-        weight = None if inner is None else inner.weight
-        return norm.add_rms_norm(x, residual, self.weight, self.eps, out=out, inner=weight)
+        inner = None
+        if isinstance(delta, Normed):
+            same = delta.norm.eps == self.eps  # the kernel has one for both
+            delta, inner = (delta.x, delta.norm.weight) if same else (delta.value(), None)
+        return norm.add_rms_norm(delta, residual, self.weight, self.eps, out=out, inner=inner)
 
 
 class Normed(NamedTuple):
     """What a sub-layer gives to the residual stream: `norm` of x f32[T, E], not yet computed, as
-    the RMSNorm that follows does it in its one pass. Both have one eps."""
+    the RMSNorm that follows does it, in its one pass if both have one eps."""
 
     x: Float32Array
     norm: RMSNorm
@@ -65,7 +67,11 @@ class Normed(NamedTuple):
 
 def head_norms(q_norm: RMSNorm, k_norm: RMSNorm) -> HeadNorms:
     """RMSNorm over the D values of every head of q and k, as attention applies it before rotating.
-    Both have one eps."""
+
+    ValueError unless both have one eps.
+    """
+    if q_norm.eps != k_norm.eps:
+        raise ValueError(f"head_norms: eps are {q_norm.eps} and {k_norm.eps}, expected one")
     return HeadNorms(q_norm.weight, k_norm.weight, q_norm.eps)
 
 

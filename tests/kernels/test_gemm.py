@@ -242,6 +242,24 @@ def test_out_may_not_overlap_x() -> None:
         gemm(square, pack_weight(square), out=square)
 
 
+def test_out_may_not_overlap_the_bias() -> None:
+    out = np.zeros((8, 64), np.float32)
+    packed = pack_weight(np.zeros((64, 8), np.float32))
+    with pytest.raises(ValueError, match="gemm: out shares memory with bias"):
+        gemm(np.zeros((8, 8), np.float32), packed, out[3], out)
+
+
+@pytest.mark.parametrize(("n", "k"), [(3, 0), (0, 4)])
+def test_a_weight_has_a_row_and_a_column(n: int, k: int) -> None:
+    nothing = np.empty(0, np.float32)
+    with pytest.raises(ValueError, match=rf"packed_size: \({n}, {k}\), expected at least one"):
+        gemm(np.zeros((2, k), np.float32), PackedWeight(nothing, n, k))
+    with pytest.raises(ValueError, match=rf"packed_size: \({n}, {k}\), expected at least one"):
+        moe.grouped_gemm(
+            np.zeros((2, k), np.float32), moe.PackedExperts(nothing, 1, n, k), np.array([0, 2])
+        )
+
+
 def test_bad_ids_and_parts() -> None:
     with pytest.raises(ValueError, match="gather_rows: ids holds 3, expected 0 to 2"):
         gather_rows(W, np.array([0, 3], np.int32))

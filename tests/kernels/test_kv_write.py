@@ -17,6 +17,7 @@ from pace_nb.kernels.kv_write import (
     kv_write,
     kv_write_ref,
     new_pool,
+    plan,
 )
 
 Array = NDArray[Any]
@@ -181,6 +182,26 @@ def test_one_and_all_threads_write_the_same() -> None:
     finally:
         jit.set_num_threads(threads)
     assert_same(*results)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "lens", "longest"),
+    [
+        ([1, 17, 40], [1, 1, 1], 1),
+        ([21, 5], [7, 2], 5),  # 14 and 15, 16 to 20
+        ([50, 3], [31, 0], 16),
+        ([5], [0], 0),
+    ],
+)
+def test_a_plan_knows_the_most_tokens_of_a_unit(
+    contexts: list[int], lens: list[int], longest: int
+) -> None:
+    """`rope_kv_write` has so much room for each unit's rotated keys."""
+    table, units = tables(contexts, 1)
+    planned = plan(units, sum(lens), table, 1, cumulative(lens), np.array(contexts))
+    assert (
+        planned.longest == longest == int((planned.rows[:, 2] - planned.rows[:, 1]).max(initial=0))
+    )
 
 
 def test_a_step_without_rows_writes_nothing() -> None:

@@ -111,6 +111,19 @@ def test_a_nan_in_what_is_added_stays_in_its_row() -> None:
     assert np.isfinite(y[[0, 2]]).all() and np.isfinite(total[[0, 2]]).all()
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_a_row_of_zeros(eps: float) -> None:
+    x, residual, weight, bias = sample((3, 20), np.float32)
+    x[1] = residual[1] = 0
+    for y, of_zeros in (
+        (rms_norm(x, weight, eps), 0),
+        (add_rms_norm(x, residual, weight, eps, inner=weight), 0),
+        (layer_norm(x, weight, bias, eps), bias),
+    ):
+        np.testing.assert_array_equal(y[1], of_zeros if eps else np.nan)  # 0 / 0
+        assert np.isfinite(y[[0, 2]]).all()
+
+
 def test_references_agree_with_plain_formulas() -> None:
     x, _, weight, bias = sample((2, 5), np.float32)
     row, w, b = x[1].astype(float), weight.astype(float), bias.astype(float)
@@ -254,3 +267,35 @@ def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> N
     } | change
     with pytest.raises((TypeError, ValueError), match=f"rms_norm: {message}"):
         rms_norm(**arguments)
+
+
+@pytest.mark.parametrize("add_norm", [add_rms_norm, add_layer_norm])
+@pytest.mark.parametrize(
+    ("residual", "message"),
+    [
+        (np.zeros((3, 8), np.float32), r"residual has shape \(3, 8\), expected \(2, 8\)"),
+        (np.zeros((2, 8)), "residual has dtype float64, expected float32"),
+        (np.zeros((2, 16), np.float32)[:, ::2], "residual is not a contiguous, writable array"),
+    ],
+)
+def test_a_bad_residual_is_named(add_norm: Any, residual: Array, message: str) -> None:
+    x, weight = np.ones((2, 8), np.float32), np.ones(8, np.float32)
+    arguments = (weight, EPS) if add_norm is add_rms_norm else (weight, None, EPS)
+    with pytest.raises((TypeError, ValueError), match=f"{add_norm.__name__}: {message}"):
+        add_norm(x, residual, *arguments)
+    assert not residual.any()
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        (np.ones(7, np.float32), r"inner has shape \(7,\), expected \(8\)"),
+        (np.ones(8), "inner has dtype float64, expected float32"),
+    ],
+)
+def test_a_bad_weight_of_what_is_added_is_named(inner: Array, message: str) -> None:
+    x, weight = np.ones((2, 8), np.float32), np.ones(8, np.float32)
+    residual = np.zeros_like(x)
+    with pytest.raises((TypeError, ValueError), match=f"add_rms_norm: {message}"):
+        add_rms_norm(x, residual, weight, EPS, inner=inner)
+    assert not residual.any()

@@ -62,6 +62,24 @@ def test_what_is_added_may_be_normalized_first(load, rng, dtype, value):
     np.testing.assert_allclose(value(found), rms(total, weights[0], 0.05), rtol=bound, atol=1e-5)
 
 
+def test_what_is_added_is_normalized_with_its_own_eps(load, rng, dtype, value):
+    outer, inner = RMSNorm(37, 0.05), RMSNorm(37, 3.0)
+    weights = rng.standard_normal((2, 37)).astype(np.float32)
+    for module, weight in zip((outer, inner), weights, strict=True):
+        load(module, dtype, {"weight": weight})
+    residual, x = rng.standard_normal((2, 4, 37)).astype(np.float32)
+    total = residual + rms(x, weights[1], 3.0)
+    found = outer(residual, Normed(x, inner))
+    np.testing.assert_allclose(residual, total, atol=1e-5)
+    bound = 1e-5 if dtype == "float32" else 2**-8
+    np.testing.assert_allclose(value(found), rms(total, weights[0], 0.05), rtol=bound, atol=1e-5)
+
+
+def test_norms_of_heads_have_one_eps():
+    with pytest.raises(ValueError, match="head_norms: eps are 1e-06 and 1e-05, expected one"):
+        head_norms(RMSNorm(20, 1e-6), RMSNorm(20, 1e-5))
+
+
 def test_norms_of_heads_are_the_two_weights(load, rng):
     q, k = RMSNorm(20, 0.05), RMSNorm(20, 0.05)
     weights = rng.standard_normal((2, 20)).astype(np.float32)
