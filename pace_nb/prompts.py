@@ -46,6 +46,7 @@ class PromptReader:
     def __init__(self, tokenizer: Tokenizer | None, directory: Path) -> None:
         self._tokenizer = tokenizer
         self._directory = directory
+        self._spelled: tuple[tuple[str, ...], list[list[int]]] = ((), [])
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -91,7 +92,18 @@ class PromptReader:
         return PromptInput(chat.text, chat.token_ids, cache_salt)
 
     def spell(self, words: Iterable[str]) -> list[list[int]]:
-        """Token ids of each word as it stands at the beginning of a text, and after a space."""
+        """Token ids of each word as it stands at the beginning of a text, and after a space.
+
+        The last words are remembered: many prompts come with the same ones.
+        """
+        words = tuple(words)
+        known, spelled = self._spelled
+        if words != known:
+            spelled = self._spell(words)
+            self._spelled = words, spelled
+        return spelled
+
+    def _spell(self, words: Iterable[str]) -> list[list[int]]:
         spelled = [
             self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False)
             for word in words

@@ -121,6 +121,7 @@ class TextModel:
         number = str(next(self._ids))  # names it in the engine, whatever the caller calls it
         metrics = RequestMetrics(arrival_time=time.monotonic())  # of all n together
         grammar = self._grammar(params)
+        bad_words = self.prompts.spell(params.bad_words)  # once for all n: it takes a while
         completions = []
         for index in range(params.n):
             own_grammar = None if grammar is None else grammar.copy()
@@ -140,7 +141,7 @@ class TextModel:
                 metrics=metrics,
                 eos_token_ids=self.eos_token_ids,
                 grammar=own_grammar,
-                bad_words_token_ids=self.prompts.spell(params.bad_words),
+                bad_words_token_ids=bad_words,
                 cache_salt=prompt.cache_salt,
                 priority=priority,
             )

@@ -46,6 +46,22 @@ def test_a_submission_has_a_request_for_each_completion(opened):
     assert len(ids) == 4
 
 
+def test_S16_bad_words_are_spelled_once_for_all_completions_and_prompts(opened, monkeypatch):
+    """128 of them take 0.1 s; with n = 128 they kept every other request waiting for 10 s."""
+    text, engine = opened
+    encoded = []
+    encode = text.tokenizer.encode
+    monkeypatch.setattr(
+        text.tokenizer, "encode", lambda *given, **options: encoded.append(1) or encode(*given)
+    )
+    params = SamplingParams(n=5, bad_words=["cat", "dog"], max_tokens=2)
+    one, two = (text.submission(engine, PROMPT, params) for _ in range(2))
+    assert len(encoded) == 4  # two words, with and without a space
+    assert one.completions[0].request.bad_words_token_ids == text.prompts.spell(["cat", "dog"])
+    assert two.completions[4].request.bad_words_token_ids == text.prompts.spell(["cat", "dog"])
+    assert text.prompts.spell(["dog"]) != text.prompts.spell(["cat", "dog"])
+
+
 def test_the_context_bounds_what_is_asked_for(opened):
     text, engine = opened
     for max_tokens in (None, 10**6):
