@@ -14,7 +14,7 @@ Source: OpenAI's API reference; vLLM `vllm/entrypoints/openai/`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from pace_nb.errors import ApiError, InvalidRequestError
@@ -160,14 +160,19 @@ class CompletionResponse(_Response):
 
     def whole(self, outputs: Sequence[RequestOutput]) -> Json:
         """The body for the finished outputs of all prompts, in order. ApiError: see `failure`."""
+        return self.around([*self.choices(outputs)], outputs)
+
+    def choices(self, outputs: Sequence[RequestOutput]) -> Iterator[Json]:
+        """Those of `whole`, one by one: with logprobs each takes its time."""
         failed = failure(outputs)
         if failed is not None:
             raise failed
-        choices = [
-            self._choice(prompt_index, output, completion)
-            for prompt_index, output in enumerate(outputs)
-            for completion in output.outputs
-        ]
+        for prompt_index, output in enumerate(outputs):
+            for completion in output.outputs:
+                yield self._choice(prompt_index, output, completion)
+
+    def around(self, choices: list[Json], outputs: Sequence[RequestOutput]) -> Json:
+        """The rest of `whole`, around these choices."""
         for prompt_index, output in enumerate(outputs):
             self._count(prompt_index, output)
         if self._body.prompt_only:
@@ -268,22 +273,26 @@ class ChatResponse(_Response):
 
     def whole(self, output: RequestOutput) -> Json:
         """The body for a finished output. ApiError: see `failure`."""
+        return self.around([*self.choices(output)], output)
+
+    def choices(self, output: RequestOutput) -> Iterator[Json]:
+        """Those of `whole`, one by one: with logprobs each takes its time."""
         failed = failure([output])
         if failed is not None:
             raise failed
-        choices = []
         for completion in output.outputs:
             reader = self._format.reader(self._body, output.prompt)
             pieces = joined(reader.push(completion.text) + reader.finish())
-            choices.append(
-                {
-                    "index": completion.index,
-                    "message": self._message(pieces),
-                    "logprobs": self._logprobs(completion),
-                    **_calling(_ending(completion), any(one.kind == "call" for one in pieces)),
-                    **self._token_ids(completion),
-                }
-            )
+            yield {
+                "index": completion.index,
+                "message": self._message(pieces),
+                "logprobs": self._logprobs(completion),
+                **_calling(_ending(completion), any(one.kind == "call" for one in pieces)),
+                **self._token_ids(completion),
+            }
+
+    def around(self, choices: list[Json], output: RequestOutput) -> Json:
+        """The rest of `whole`, around these choices."""
         self._count(0, output)
         answer = self._envelope(self.object_name, choices)
         answer["usage"] = self.usage()

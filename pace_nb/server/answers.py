@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -27,8 +27,17 @@ EVENT_STREAM: Final = "text/event-stream; charset=utf-8"
 
 
 def json_response(content: Any, status: int = 200) -> Response:
-    """Plain data as a JSON answer. ValueError where it holds NaN or infinity."""
-    return Response(_json(content), status, media_type="application/json")
+    """Plain data as a JSON answer. ValueError as in `as_json`."""
+    return Response(as_json(content), status, media_type="application/json")
+
+
+def json_around(content: Mapping[str, Any], name: str, items: Sequence[bytes]) -> Response:
+    """The same, with these items, which are JSON already, as the list `name` of the object."""
+    parts = [
+        b"%b:%b" % (as_json(key), b"[%b]" % b",".join(items) if key == name else as_json(value))
+        for key, value in content.items()
+    ]
+    return Response(b"{%b}" % b",".join(parts), media_type="application/json")
 
 
 def error_response(error: Exception) -> Response:
@@ -46,8 +55,8 @@ def error_response(error: Exception) -> Response:
 
 
 def event(content: Any) -> bytes:
-    """One event. ValueError as in `json_response`."""
-    return b"data: " + _json(content) + b"\n\n"
+    """One event. ValueError as in `as_json`."""
+    return b"data: " + as_json(content) + b"\n\n"
 
 
 def comment(text: str) -> bytes:
@@ -87,6 +96,6 @@ class EventStream(Response):
             self._close()
 
 
-def _json(content: Any) -> bytes:
-    """On one line: JSON escapes line ends."""
+def as_json(content: Any) -> bytes:
+    """On one line: JSON escapes line ends. ValueError where it holds NaN or infinity."""
     return json.dumps(content, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -31,13 +31,14 @@ from pace_nb.openai_api.request_body import ChatBody, CompletionBody
 from pace_nb.openai_api.response_body import ChatResponse, CompletionResponse, Json, error_body
 from pace_nb.outputs import RequestOutput
 from pace_nb.prompts import last_tokens
-from pace_nb.server.answers import DONE, EventStream, comment, event, json_response
+from pace_nb.server.answers import DONE, EventStream, as_json, comment, event, json_around
 from pace_nb.server.engine_client import EngineClient, Ticket
 from pace_nb.server.guard import CLIENT_CLOSED, request_id
 from pace_nb.server.incoming import read_json_body
 from pace_nb.server.mailbox import Mailbox
 from pace_nb.server.router import Admission
 from pace_nb.server.service import Service
+from pace_nb.server.turns import Turns
 
 CHARACTERS_PER_TOKEN: Final = 8  # a prompt of more than so many times the context is not even read
 CHARACTERS_MARGIN: Final = 4096
@@ -91,9 +92,13 @@ class ChatAnswer:
     def __init__(self, response: ChatResponse) -> None:
         self._response = response
 
-    def whole(self, outputs: list[RequestOutput]) -> Json:
-        """The body of the answer that does not stream."""
-        return self._response.whole(outputs[0])
+    def choices(self, outputs: list[RequestOutput]) -> Iterator[Json]:
+        """Of the answer that does not stream."""
+        return self._response.choices(outputs[0])
+
+    def around(self, outputs: list[RequestOutput]) -> Json:
+        """The rest of that answer's body; its choices are empty."""
+        return self._response.around([], outputs[0])
 
     def chunks(self, prompt_index: int, news: RequestOutput) -> list[Json]:
         """The events for news."""
@@ -114,9 +119,13 @@ class CompletionAnswer:
     def __init__(self, response: CompletionResponse) -> None:
         self._response = response
 
-    def whole(self, outputs: list[RequestOutput]) -> Json:
-        """The body of the answer that does not stream."""
-        return self._response.whole(outputs)
+    def choices(self, outputs: list[RequestOutput]) -> Iterator[Json]:
+        """Of the answer that does not stream."""
+        return self._response.choices(outputs)
+
+    def around(self, outputs: list[RequestOutput]) -> Json:
+        """The rest of that answer's body; its choices are empty."""
+        return self._response.around([], outputs)
 
     def chunks(self, prompt_index: int, news: RequestOutput) -> list[Json]:
         """The events for news."""
@@ -153,7 +162,7 @@ async def generate(
         exchange.submit(prompts, body)
         await exchange.accepted(service.settings.limits.keep_alive_interval)
         if not body.stream:
-            return json_response(answer.whole(await exchange.outputs()))
+            return await _whole(answer, await exchange.outputs(), service.turns)
     except asyncio.CancelledError:  # how Ray Serve says that the client went
         exchange.client_gone()
         exchange.close()
@@ -296,6 +305,18 @@ async def read_prompts(service: Service, body: ChatBody | CompletionBody) -> lis
         raise ApiError(str(error), param=name) from None
 
 
+async def _whole(
+    answer: ChatAnswer | CompletionAnswer, outputs: list[RequestOutput], turns: Turns
+) -> Response:
+    """The answer that does not stream, made choice by choice: with the logprobs of many prompts it
+    takes seconds, in which others want to be served."""
+    choices = []
+    for choice in answer.choices(outputs):
+        choices.append(as_json(choice))
+        await turns.wait()
+    return json_around(answer.around(outputs), "choices", choices)
+
+
 async def _events(
     exchange: Exchange, body: ChatBody | CompletionBody, answer: ChatAnswer | CompletionAnswer
 ) -> AsyncGenerator[bytes]:
@@ -319,9 +340,12 @@ async def _events(
                         yield comment(told)
                 continue
             silent = 0.0
-            chunks = [chunk for index, output in news for chunk in answer.chunks(index, output)]
-            if chunks:
-                yield b"".join(map(event, chunks))
+            for index, output in news:
+                chunks = answer.chunks(index, output)
+                if chunks:
+                    yield b"".join(map(event, chunks))
+                if len(news) > 1:  # of many prompts, maybe with their logprobs
+                    await asyncio.sleep(0)
         if body.stream_options.include_usage:
             yield event(answer.usage_chunk())
     except ApiError as error:

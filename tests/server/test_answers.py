@@ -8,7 +8,16 @@ import json
 import pytest
 
 from pace_nb.errors import ApiError, InvalidRequestError
-from pace_nb.server.answers import DONE, EventStream, comment, error_response, event, json_response
+from pace_nb.server.answers import (
+    DONE,
+    EventStream,
+    as_json,
+    comment,
+    error_response,
+    event,
+    json_around,
+    json_response,
+)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +48,15 @@ def test_nothing_that_is_not_json_is_written():
         json_response({"logprob": float("nan")})
     with pytest.raises(ValueError, match="Out of range float"):
         event({"logprob": float("-inf")})
+
+
+@pytest.mark.parametrize("items", [[], [{"a": "\n\u2028]"}], [1, None, ["x"]]])
+def test_a_list_may_be_encoded_ahead(items):
+    whole = {"id": "x", "choices": items, "usage": {"a": 1}}
+    around = {**whole, "choices": []}
+    found = json_around(around, "choices", [as_json(one) for one in items])
+    assert found.body == json_response(whole).body
+    assert found.media_type == json_response(whole).media_type
 
 
 def test_R55_an_event_is_one_line_whatever_it_says():

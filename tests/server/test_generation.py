@@ -22,8 +22,10 @@ import pytest
 
 from pace_nb.llm import LLM
 from pace_nb.sampling_params import SamplingParams
+from pace_nb.server import generation
 from pace_nb.server.generation import Exchange
 from pace_nb.server.mailbox import Mailbox
+from pace_nb.server.turns import Turns
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -623,6 +625,62 @@ def test_S18_a_health_check_is_quick_while_long_prompts_are_read(server):
     stop.set()
     looking.join()
     assert slowest[0] < 1.0  # alone it is below 0.1 s; tests share the machine
+
+
+class Others:
+    """Counts the turns that the event loop has for others."""
+
+    def __init__(self):
+        self.num_turns = 0
+
+    async def run(self):
+        while True:
+            self.num_turns += 1
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_S18_others_have_their_turns_while_a_large_answer_is_made(stream):
+    """32 prompts of 1000 tokens with 20 logprobs each, echoed, kept /health waiting for 2 s."""
+    others, seen = Others(), []
+
+    class Answer:
+        def choices(self, outputs):
+            for output in outputs:
+                seen.append(others.num_turns)
+                yield {"index": output}
+
+        def around(self, outputs):
+            return {"choices": [], "usage": None}
+
+        def chunks(self, index, output):
+            seen.append(others.num_turns)
+            return [{"index": output}]
+
+    async def ask():
+        running = asyncio.create_task(others.run())
+        if stream:
+            mailbox = SimpleNamespace(finished=False, progress={})
+
+            async def get(_):
+                mailbox.finished = True
+                return list(enumerate("abcd"))
+
+            mailbox.get = get
+            exchange = SimpleNamespace(mailbox=mailbox, keep_alive_interval=1.0)
+            body = SimpleNamespace(stream_options=SimpleNamespace(include_usage=False))
+            found = [event async for event in generation._events(exchange, body, Answer())]
+        else:
+            found = (await generation._whole(Answer(), "abcd", Turns())).body
+        running.cancel()
+        return found
+
+    found = asyncio.run(ask())
+    if stream:
+        assert [json.loads(one[6:])["index"] for one in found[:-1]] == [*"abcd"]
+    else:
+        assert [one["index"] for one in json.loads(found)["choices"]] == [*"abcd"]
+    assert seen == sorted(set(seen)) and len(seen) == 4  # a turn between any two
 
 
 def test_J12_nothing_is_compiled_once_it_is_ready(server):
