@@ -51,6 +51,8 @@ RESERVED: Final = frozenset(
         "padding",
         "return_dict",
         "return_tensors",
+        "self",
+        "special_tokens_in_content",
         "tokenize",
         "tools",
         "truncation",
@@ -153,7 +155,7 @@ class ChatTemplate:
             raise InvalidRequestError(
                 "continue_final_message is true, expected add_generation_prompt to be false then"
             )
-        _check_variables(variables)
+        check_variables(variables)
         template = self._choose(chat_template, with_tools=bool(tools))
         if "developer" not in template:
             for message in checked:
@@ -278,8 +280,12 @@ def _text_part(where: str, part: object) -> str:
     raise InvalidRequestError(f'{where} is wrong, expected {{"type": "text", "text": ...}}')
 
 
-def _check_variables(variables: Mapping[str, Any]) -> None:
-    """Refuse reserved names and values that are deep, many or large."""
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """Refuse reserved names and values that are deep, many or large.
+
+    Who takes variables from outside calls it before they stand among the arguments of `render` or
+    `Tokenizer.encode_chat`, where a reserved name would be that argument.
+    """
     for name in variables:
         if name in RESERVED:
             raise InvalidRequestError(f"{name} may not be a template variable")

@@ -114,7 +114,8 @@ class LLM:
         cache_salt: str | None = None,
         **options: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation or many. options: those of `Tokenizer.encode_chat`.
+        """Answer one conversation or many. options: those of `Tokenizer.encode_chat`, and vLLM's
+        chat_template_kwargs, variables of the template such as {"enable_thinking": False}.
 
         cache_salt: as in `Prompt`, of all of them.
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pace_nb.chat_template import check_variables
 from pace_nb.errors import InvalidRequestError, ModelFormatError
 from pace_nb.tokenizer import Tokenizer
 
@@ -85,9 +86,22 @@ class PromptReader:
         messages: Messages,
         add_generation_prompt: bool = True,
         cache_salt: str | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> PromptInput:
-        """A conversation as its template writes it. options: those of `Tokenizer.encode_chat`."""
+        """A conversation as its template writes it. options: those of `Tokenizer.encode_chat`.
+
+        chat_template_kwargs: the template's own variables, under vLLM's name; they may stand among
+        the options as well.
+        """
+        if not isinstance(chat_template_kwargs, Mapping | None):
+            raise InvalidRequestError(
+                f"chat_template_kwargs is a {type(chat_template_kwargs).__name__}, expected a "
+                "mapping of names to values"
+            )
+        check_variables(chat_template_kwargs or {})
+        options = {**(chat_template_kwargs or {}), **options}
         chat = self.tokenizer.encode_chat(messages, add_generation_prompt, **options)
         return PromptInput(chat.text, chat.token_ids, cache_salt)
 

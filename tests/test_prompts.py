@@ -44,6 +44,17 @@ def test_a_conversation_is_what_its_template_makes_of_it(reader, tokenizer):
     assert reader.read_chat(HI, False).text == tokenizer.encode_chat(HI, False).text
 
 
+def test_template_variables_under_vllms_name(reader, tokenizer):
+    """They used to be one variable of that name, which no template reads."""
+    template = "{{ messages[0].content }} {{ enable_thinking }}"
+    for options in ({"chat_template_kwargs": {"enable_thinking": 7}}, {"enable_thinking": 7}):
+        assert reader.read_chat(HI, chat_template=template, **options).text == "Hi 7"
+    assert reader.read_chat(HI, chat_template_kwargs=None) == reader.read_chat(HI)
+    for wrong in ({"chat_template": "x"}, {"messages": []}, {"self": 1}, "x"):
+        with pytest.raises(InvalidRequestError, match=r"may not be a template|is a str"):
+            reader.read_chat(HI, chat_template_kwargs=wrong)
+
+
 def test_words_are_spelled_with_and_without_a_space(reader, tokenizer):
     spelled = reader.spell(["cat"])
     assert [tokenizer.decode(ids) for ids in spelled] == ["cat", " cat"]

@@ -25,7 +25,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, NoReturn
 
-from pace_nb.chat_template import check_messages
+from pace_nb.chat_template import check_messages, check_variables
 from pace_nb.errors import ApiError, InvalidRequestError
 from pace_nb.sampling_params import MAX_LOGPROBS, SamplingParams
 from pace_nb.structured_outputs import StructuredOutputsParams
@@ -277,6 +277,10 @@ def read_chat(body: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
     if continued and add_generation_prompt:
         found.refuse("add_generation_prompt", "false where continue_final_message is true")
     variables = dict(found.mapping("chat_template_kwargs") or {})
+    try:
+        check_variables(variables)
+    except InvalidRequestError as error:
+        raise ApiError(f"chat_template_kwargs: {error}", param="chat_template_kwargs") from None
     effort = found.text("reasoning_effort", 16)
     if effort is not None:
         variables.setdefault("reasoning_effort", effort)

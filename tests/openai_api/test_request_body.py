@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pace_nb.chat_template import RESERVED, ChatTemplate
 from pace_nb.errors import ApiError
 from pace_nb.openai_api import request_body
 from pace_nb.openai_api.request_body import check_model, read_chat, read_completion, read_json
 from pace_nb.sampling_params import SamplingParams
+from pace_nb.tokenizer import Tokenizer
 
 HI = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -360,6 +363,21 @@ def test_a_mistake_in_a_chat(fields, param, message):
     with pytest.raises(ApiError, match=message) as caught:
         chat(**fields)
     assert (caught.value.param, caught.value.status) == (param, 400)
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED))
+def test_no_argument_of_ours_comes_by_way_of_template_variables(name):
+    """Above all no template, which is a program, and no leave for special tokens in messages."""
+    for value in ("{{ 1 }}", True, [], 5):
+        with pytest.raises(ApiError, match=f"{name} may not be a template variable") as caught:
+            chat(chat_template_kwargs={"enable_thinking": True, name: value})
+        assert (caught.value.param, caught.value.status) == ("chat_template_kwargs", 400)
+
+
+def test_reserved_is_every_argument_of_the_functions_that_take_variables():
+    for function in (Tokenizer.encode_chat, Tokenizer.apply_chat_template, ChatTemplate.render):
+        named = inspect.signature(function).parameters.values()
+        assert {one.name for one in named if one.kind is not one.VAR_KEYWORD} <= RESERVED
 
 
 @pytest.mark.parametrize(
