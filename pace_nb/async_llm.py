@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -105,7 +105,7 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer one conversation, as `generate` does.
 
-        cache_salt: as in `Prompt`. options: those of `Tokenizer.encode_chat`.
+        cache_salt: as in `Prompt`. options: as in `LLM.chat`.
         """
         return self._outputs(
             lambda: self._text.prompts.read_chat(
@@ -116,9 +116,10 @@ class AsyncLLM:
             priority,
         )
 
-    async def abort(self, request_id: str) -> None:
-        """End a request; its iterator gets a last output. Unknown ids: nothing."""
-        self._thread.abort(request_id)
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End a request, or several; their iterators get a last output. Unknown ids: nothing."""
+        for one in [request_id] if isinstance(request_id, str) else request_id:
+            self._thread.abort(one)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. ModelFormatError where it has none."""

@@ -36,6 +36,7 @@ MAX_LOGPROBS: Final = 20
 MAX_TEMPERATURE: Final = 1e6  # beyond it a float32 temperature may be inf, and -inf / inf is NaN
 MAX_TOKEN_ID: Final = 2**31 - 1  # token ids travel as int32
 MAX_TOKENS: Final = 2**31 - 1
+MIN_SEED: Final = -(2**63)  # OpenAI's; a negative seed is the one of the same 64 bits
 MAX_SEED: Final = 2**64 - 1
 
 
@@ -66,6 +67,7 @@ class SamplingParams:
         top_k: The k most likely tokens. 0 or -1 is off.
         min_p: Drop tokens less likely than this share of the most likely one. 0 (off) to 1.
         seed: Same seed, same request, same tokens, whatever else runs. None or -1 draws one.
+            -2**63 to 2**64 - 1.
         stop: Strings that end the text. At most 16 of at most 256 characters.
         stop_token_ids: Token ids that end generation, besides the model's own end tokens.
         ignore_eos: Go on past the model's end tokens.
@@ -139,8 +141,8 @@ class SamplingParams:
         self._store("top_k", max(0, _integer("top_k", self.top_k, -1, MAX_TOKENS)))
         self._store("min_p", _number("min_p", self.min_p, 0.0, 1.0))
         if self.seed is not None:
-            seed = _integer("seed", self.seed, -1, MAX_SEED)
-            self._store("seed", None if seed == -1 else seed)
+            seed = _integer("seed", self.seed, MIN_SEED, MAX_SEED)
+            self._store("seed", None if seed == -1 else seed % 2**64)
 
         self._store("stop", _strings("stop", self.stop, MAX_STOP_STRINGS))
         self._store("bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS))
@@ -238,8 +240,8 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
     """`value` as int when it is one (bool is not) and low <= value <= high."""
     if isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high:
         return int(value)
-    limit = "2**64 - 1" if high == MAX_SEED else str(high)
-    _refuse(name, value, f"an integer from {low} to {limit}")
+    bounds = "-2**63 to 2**64 - 1" if high == MAX_SEED else f"{low} to {high}"
+    _refuse(name, value, f"an integer from {bounds}")
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:

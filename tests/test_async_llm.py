@@ -168,6 +168,17 @@ def test_an_abort_ends_the_stream(llm):
     assert len(rest[-1].outputs[0].token_ids) < 900
 
 
+def test_several_are_aborted_at_once(llm):
+    async def ask():
+        streams = [llm.generate(STORY, LONG, name) for name in ("one", "two")]
+        for stream in streams:
+            await anext(stream)
+        await llm.abort(["one", "nobody's", "two"])
+        return [(await collect(stream))[-1].outputs[0].finish_reason for stream in streams]
+
+    assert run(ask()) == ["abort", "abort"]
+
+
 def test_the_event_loop_goes_on_meanwhile(llm):
     async def ask():
         ticks = 0

@@ -62,6 +62,8 @@ def test_defaults_are_vllms() -> None:
         (0, "top_k", 0),
         (-1, "seed", None),
         (2**64 - 1, "seed", 2**64 - 1),
+        (-2, "seed", 2**64 - 2),
+        (-(2**63), "seed", 2**63),
         ({"5": 1, 6: -100}, "logit_bias", {5: 1.0, 6: -100.0}),
         ({}, "logit_bias", None),
         (range(3), "allowed_token_ids", (0, 1, 2)),
@@ -105,7 +107,7 @@ def test_values_are_normalised(given_value: Any, field: str, stored: Any) -> Non
         ("top_k", 2.0),
         ("min_p", -0.1),
         ("min_p", 1.1),
-        ("seed", -2),
+        ("seed", -(2**63) - 1),
         ("seed", 2**64),
         ("seed", 1.5),
         ("stop", [""]),
@@ -245,7 +247,7 @@ def test_any_json_value_is_taken_or_refused(field: str, value: Any) -> None:
         ({"top_k": 2**40}, "top_k is 1099511627776, expected an integer from -1 to 2147483647"),
         ({"max_tokens": 2**31}, "max_tokens is 2147483648, expected an integer from 1 to 2147483"),
         ({"stop_token_ids": [2**31]}, "entry is 2147483648, expected an integer from 0 to 214748"),
-        ({"seed": 2**64}, r"expected an integer from -1 to 2\*\*64 - 1"),
+        ({"seed": 2**64}, r"expected an integer from -2\*\*63 to 2\*\*64 - 1"),
     ],
 )
 def test_a_refusal_gives_both_bounds(values: dict[str, object], message: str) -> None:
