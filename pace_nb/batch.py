@@ -75,7 +75,7 @@ class Batch:
             )
         starts = np.arange(size + 1, dtype=np.int32)
         where = np.array(positions, np.int32)
-        context_lens = where + np.int32(1)
+        context_lens = where + 1
         return cls(
             request_ids=tuple(request_ids),
             token_ids=np.array(token_ids, np.int32),

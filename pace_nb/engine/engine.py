@@ -39,11 +39,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class Progress(NamedTuple):
-    """What a step did for a request: new tokens, its end, or both."""
-
-    request: Request
-    new_token_ids: Sequence[int]
+# What a step did for a request: new tokens, its end, or both.
+Progress = tuple[Request, Sequence[int]]
 
 
 class EngineLoad(NamedTuple):
@@ -98,15 +95,13 @@ class Engine:
         self._own()
         if self._speculation is not None:
             self._speculation.draft(self._scheduler.running)
-        scheduled = self._scheduler.schedule()
-        self._num_step_tokens = sum(
-            [num_tokens + len(request.draft_token_ids) for request, num_tokens in scheduled]
-        )
+        scheduled, self._num_step_tokens = self._scheduler.schedule(), 0
         if not scheduled:
             return self._end_stall()
         begun = time.perf_counter()
         try:
             logits = self._runner.run(scheduled)
+            self._num_step_tokens = logits.num_tokens
             sampled = self._sampler.sample(scheduled, logits)
             if self._speculation is not None:
                 requests = [request for request, _ in scheduled]
@@ -263,10 +258,11 @@ class Engine:
         """A step that raised, again, one request at a time and without guesses."""
         _log.warning("a step of %d requests failed", len(scheduled), exc_info=True)
         sampled = []
-        for one in scheduled:
-            one.request.draft_token_ids = []
+        for request, num_tokens in scheduled:
+            request.draft_token_ids = []
+            alone = [(request, num_tokens)]
             try:
-                sampled += self._sampler.sample([one], self._runner.run([one]))
+                sampled += self._sampler.sample(alone, self._runner.run(alone))
             except Exception as error:
                 sampled.append(Sampled(error=_described(error)))
         return sampled
@@ -346,7 +342,7 @@ class Engine:
         ):
             # It has outgrown its keys: it stays where it is and runs from its beginning.
             request.num_computed_tokens = 0
-        return Progress(request, result.token_ids[:num_kept])
+        return request, result.token_ids[:num_kept]
 
     def _fail(self, request: Request, reason: str) -> Progress:
         """End a request with "error"."""
@@ -354,7 +350,7 @@ class Engine:
         if request.prompt_logprobs is not None and not request.num_generated_tokens:
             del request.prompt_logprobs[1:]  # how many there are hangs on the chunks
         self._finish(request, "error")
-        return Progress(request, ())
+        return request, ()
 
     def _finish(self, request: Request, finish_reason: FinishReason) -> None:
         del self._requests[request.request_id]

@@ -43,6 +43,11 @@ class StepLogits:
         """R: rows there are."""
         return len(self._logits_rows)
 
+    @property
+    def num_tokens(self) -> int:
+        """T: tokens the step computed."""
+        return len(self._hidden)
+
     def rows(self, indices: NDArray[np.int64] | slice) -> Float32Array:
         """f32[len(indices), V]: the given rows, counted within `Batch.logits_rows`."""
         return self._runner.logits(self._hidden, self._logits_rows[indices])
@@ -137,8 +142,7 @@ class ModelRunner:
 def _batch_of(scheduled: Sequence[Scheduled]) -> Batch:
     """The flat arrays of a step."""
     requests = [request for request, _ in scheduled]
-    drafting = any(request.draft_token_ids for request in requests)
-    if not drafting and {request.num_behind for request in requests} == {1}:
+    if all(request.num_behind == 1 and not request.draft_token_ids for request in requests):
         return Batch.of_last_tokens(
             [request.request_id for request in requests],
             [request.token_ids[-1] for request in requests],

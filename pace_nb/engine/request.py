@@ -37,7 +37,7 @@ class RequestStatus(Enum):
     FINISHED = "finished"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """One prompt and what becomes of it.
 

@@ -31,6 +31,7 @@ Source: vLLM v1 `vllm/v1/sample/`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -66,7 +67,8 @@ ACCEPTING, REPLACING, GUESSING = 1, 2, 3
 PROMPT_ROWS = 64  # rows of prompt logits that exist at the same time: 33 MB of f32 at V = 128k
 
 
-class Sampled(NamedTuple):
+@dataclass(slots=True)
+class Sampled:
     """What a step gives one request.
 
     token_ids: the new tokens, none while it is behind. logprobs: one entry per new token, where
@@ -154,12 +156,12 @@ class Sampler:
                 first_rows.append(end - num_drawn)
             results.append(Sampled(prompt_logprobs=entries))
         if drawing:
-            requests = [scheduled[index].request for index in drawing]
+            requests = [scheduled[index][0] for index in drawing]
             for index, drawn in zip(
                 drawing, self._verify(requests, first_rows, logits), strict=True
             ):
                 if drawn.error is None:
-                    drawn = drawn._replace(prompt_logprobs=results[index].prompt_logprobs)
+                    drawn.prompt_logprobs = results[index].prompt_logprobs
                 results[index] = drawn
         return results
 

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pace_nb.config import EngineConfig
 from pace_nb.engine.request import Request, RequestStatus
@@ -48,14 +48,9 @@ if TYPE_CHECKING:
 UNIT = 16  # kv_cache.base.UNIT, whose module imports NumPy
 
 
-class Scheduled(NamedTuple):
-    """A request and how many of its tokens this step computes, at least one.
-
-    Where these are all it has, its guesses are computed behind them.
-    """
-
-    request: Request
-    num_tokens: int
+# A request and how many of its tokens this step computes, at least one. Where these are all it has,
+# its guesses are computed behind them.
+Scheduled = tuple[Request, int]
 
 
 class Scheduler:
@@ -87,32 +82,36 @@ class Scheduler:
         scheduled: list[Scheduled] = []
         budget = self._max_num_batched_tokens
 
-        for request in [request for request in self.running if request.num_behind > 1]:
-            # It has room for all its tokens since it was admitted, unless it decoded and then had
-            # to begin anew (`Engine`, keys that were outgrown).
-            if self._make_room(request):
-                self._reuse(request)
-        decoding: list[Request] = []
-        prefilling: list[Request] = []
-        for request in self.running:
-            (prefilling if request.num_behind > 1 else decoding).append(request)
+        decoding, prefilling = self._by_need()
+        if prefilling:
+            for request in prefilling:
+                # It has room for all its tokens since it was admitted, unless it decoded and then
+                # had to begin anew (`Engine`, keys that were outgrown).
+                if self._make_room(request):
+                    self._reuse(request)
+            decoding, prefilling = self._by_need()
         spare = budget - len(decoding)  # for guesses
         if prefilling or self.waiting:
             spare //= 2
-        for request in decoding + prefilling:
-            if budget > 0 and request.num_behind == 1:
-                num_tokens = 1
-            else:
-                num_tokens = self._share(request, budget, scheduled)
-            # A request that prefills has its room by now. So only the decoding ones may preempt, in
-            # the order of the line: their victims are not scheduled yet.
-            del request.draft_token_ids[max(spare, 0) :]
+        # Those that prefill have their room by now. So only the decoding ones may preempt, in the
+        # order of the line: their victims are not scheduled yet.
+        guessing: list[Request] = []
+        for request in decoding:
+            if budget > 0 and self._make_room(request):
+                scheduled.append((request, 1))
+                budget -= 1
+                if request.draft_token_ids:
+                    del request.draft_token_ids[max(spare, 0) :]
+                    spare -= len(request.draft_token_ids)
+                    budget -= len(request.draft_token_ids)
+                    guessing.append(request)
+        for request in prefilling:
+            num_tokens = self._share(request, budget, scheduled)
             if num_tokens and self._make_room(request):
-                scheduled.append(Scheduled(request, num_tokens))
-                budget -= num_tokens + len(request.draft_token_ids)
-                spare -= len(request.draft_token_ids)
-        for request, _ in scheduled:  # all have their own room by now: guesses take what is left
-            if request.draft_token_ids and not self._has_room_for_guesses(request):
+                scheduled.append((request, num_tokens))
+                budget -= num_tokens
+        for request in guessing:  # all have their own room by now: guesses take what is left
+            if not self._has_room_for_guesses(request):
                 request.draft_token_ids = []
 
         while self.waiting and len(self.running) < self._max_num_seqs and budget > 0:
@@ -126,7 +125,7 @@ class Scheduler:
             request.status = RequestStatus.RUNNING
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = time.monotonic()
-            scheduled.append(Scheduled(request, num_tokens))
+            scheduled.append((request, num_tokens))
             budget -= num_tokens
         return scheduled
 
@@ -138,6 +137,14 @@ class Scheduler:
         (self.running if request.status is RequestStatus.RUNNING else self.waiting).remove(request)
         request.status = RequestStatus.FINISHED
         self._cache.free(request.request_id, zero=zero)
+
+    def _by_need(self) -> tuple[list[Request], list[Request]]:
+        """Those that run: who is behind by one token, and who by more."""
+        decoding: list[Request] = []
+        prefilling: list[Request] = []
+        for request in self.running:
+            (prefilling if request.num_behind > 1 else decoding).append(request)
+        return decoding, prefilling
 
     def _share(self, request: Request, budget: int, scheduled: list[Scheduled]) -> int:
         """Tokens the request gets of what is left of the budget; 0 = it has to wait."""

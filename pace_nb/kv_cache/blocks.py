@@ -146,24 +146,21 @@ class BlockGroup:
         """
         contexts = batch.context_lens.tolist()
         for request_id, context_len in zip(batch.request_ids, contexts, strict=True):
-            room = num_tokens.get(request_id, 0)
-            if context_len > room:
+            if context_len > (room := num_tokens.get(request_id, 0)):
                 raise no_room(request_id, context_len, room)
         if self.group.reach:
             starts = batch.positions[batch.cu_seqlens_q[:-1]].tolist()
             for request_id, start, end in zip(batch.request_ids, starts, contexts, strict=True):
                 self._place(request_id, start, end)
-        rows = [self._row(request_id) for request_id in batch.request_ids]
+        rows = [self._rows.get(one) or self._row(one) for one in batch.request_ids]
         length = max(map(len, rows), default=0)
         padded = bytearray().join([row.ljust(length, b"\xff") for row in rows])  # -1
         block_table = np.frombuffer(padded, np.int64).reshape(len(rows), length // 8)
         return KVView(block_table, self._units_per_block)
 
     def _row(self, request_id: str) -> bytes:
-        """A table as `view` needs it, made again where it has changed."""
-        row = self._rows.get(request_id)
-        if row is None:
-            row = self._rows[request_id] = self.tables[request_id].tobytes()
+        """A table that has changed, as `view` needs it."""
+        row = self._rows[request_id] = self.tables[request_id].tobytes()
         return row
 
     def _place(self, request_id: str, start: int, end: int) -> None:

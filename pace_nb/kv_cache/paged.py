@@ -102,15 +102,15 @@ class PagedCache:
 
     def allocate(self, request_id: str, num_tokens: int) -> bool:
         """Give the request room for `num_tokens` in total; False = no room, nothing has changed."""
-        sequence = self._sequences.get(request_id) or _Sequence()
-        old = sequence.num_tokens
-        if num_tokens > old:
-            if not all(group.can_grow(request_id, old, num_tokens) for group in self._groups):
-                return False
-            for group in self._groups:
-                group.grow(request_id, old, num_tokens)
-            sequence.num_tokens = num_tokens
-        self._open(request_id, sequence)
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and num_tokens <= sequence.num_tokens:
+            return True
+        old = 0 if sequence is None else sequence.num_tokens
+        if not all(group.can_grow(request_id, old, num_tokens) for group in self._groups):
+            return False
+        for group in self._groups:
+            group.grow(request_id, old, num_tokens)
+        self._sequences.setdefault(request_id, _Sequence()).num_tokens = num_tokens
         return True
 
     def truncate(self, request_id: str, num_tokens: int) -> None:

@@ -7,7 +7,6 @@ import pytest
 
 from pace_nb.config import CacheConfig, EngineConfig
 from pace_nb.engine.model_runner import ModelRunner
-from pace_nb.engine.scheduler import Scheduled
 from pace_nb.errors import ConfigError, OutOfMemoryError
 from pace_nb.kernels import jit
 from pace_nb.kv_cache import create_cache
@@ -54,7 +53,7 @@ def test_requests_become_spans(make, scripted):
     for request in (a, b):
         runner.cache.allocate(request.request_id, request.num_tokens)
 
-    logits = runner.run([Scheduled(a, 3), Scheduled(b, 1)])
+    logits = runner.run([(a, 3), (b, 1)])
     (batch,) = model.batches
     assert batch.request_ids == ("a", "b")
     assert batch.token_ids.tolist() == [10, 11, 12, 22]
@@ -72,7 +71,7 @@ def test_the_config_says_which_kernels_run(make, scripted, kernels, reference):
     runner, model = make(kernels=kernels)
     request = scripted.request("a", [1])
     runner.cache.allocate("a", 1)
-    runner.run([Scheduled(request, 1)]).rows(np.array([0]))
+    runner.run([(request, 1)]).rows(np.array([0]))
     runner.forward([1, 2])
     assert model.modes == [reference] * 4
     assert not jit.use_reference()

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pace_nb.engine.logit_changes import packed
-from pace_nb.engine.sampler import Sampler
-from pace_nb.engine.scheduler import Scheduled
+from pace_nb.engine.sampler import Sampled, Sampler
 from pace_nb.errors import InvalidRequestError
 from pace_nb.kernels.philox import philox_ref
 from pace_nb.outputs import Logprob
@@ -34,8 +33,7 @@ class Rows:
 def sample(requests, rows, num_tokens=None):
     """One step over requests that all catch up (or compute num_tokens each)."""
     scheduled = [
-        Scheduled(request, request.num_behind if num_tokens is None else num_tokens)
-        for request in requests
+        (request, request.num_behind if num_tokens is None else num_tokens) for request in requests
     ]
     return Sampler(0).sample(scheduled, Rows(rows))
 
@@ -213,7 +211,7 @@ def test_penalised_tokens_are_counted_as_they_come(scripted):
     )
     sampler = Sampler(0)
     for row in rows:
-        scheduled = [Scheduled(request, request.num_behind)]
+        scheduled = [(request, request.num_behind)]
         (result,) = sampler.sample(scheduled, Rows([row]))
         assert sampler.sample(scheduled, Rows([row])) == [result]
         assert sample_row(row, request) == result.token_ids[0]
@@ -228,7 +226,7 @@ def test_slots_of_requests_that_have_ended_are_used_again(scripted):
             generating(scripted, [], temperature=1.0, top_k=k, seed=turn) for k in (1, 2, 3)
         ]
         rows = np.random.default_rng(turn).normal(size=(3, 30)).astype(np.float32)
-        scheduled = [Scheduled(request, 2) for request in requests]
+        scheduled = [(request, 2) for request in requests]
         assert sampler.sample(scheduled, Rows(rows)) == sample(requests, rows)
         for request in requests:
             sampler.forget(request)
@@ -411,7 +409,7 @@ def test_a_bad_row_within_a_prompt_fails_the_request(scripted):
 def test_a_step_in_which_nobody_catches_up(scripted):
     request = scripted.request("a", [1] * 9)
     (result,) = sample([request], np.empty((0, 40)), num_tokens=5)
-    assert result == ((), (), [], None)
+    assert result == Sampled(prompt_logprobs=[])
 
 
 # ---- batches -----------------------------------------------------------------------------------
