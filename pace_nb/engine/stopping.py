@@ -69,15 +69,16 @@ def check_tokens(
     Returns:
         How many of the new ids belong to the request (the ending one included), and why it ends.
     """
-    for position, token_id in enumerate(new_token_ids, start=1):
-        generated = num_generated + position
+    generated = num_generated
+    for token_id in new_token_ids:
+        generated += 1
         if generated > params.min_tokens:
             if not params.ignore_eos and token_id in eos_token_ids:
-                return TokenStop(position, "stop", None)
+                return TokenStop(generated - num_generated, "stop", None)
             if token_id in params.stop_token_ids:
-                return TokenStop(position, "stop", token_id)
+                return TokenStop(generated - num_generated, "stop", token_id)
         if max_tokens is not None and generated >= max_tokens:
-            return TokenStop(position, "length", None)
+            return TokenStop(generated - num_generated, "length", None)
     return GOES_ON if len(new_token_ids) == 1 else TokenStop(len(new_token_ids), None, None)
 
 
