@@ -40,7 +40,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from weakref import WeakValueDictionary
 
@@ -69,14 +69,6 @@ class _Content:
         return mine == (other.token_ids, other.salt) and self.before is other.before
 
 
-@dataclass(slots=True)
-class _Sequence:
-    """What a request has, beside its blocks."""
-
-    num_tokens: int = 0  # that it may store
-    contents: list[_Content] = field(default_factory=list)  # of its blocks that are committed
-
-
 class PagedCache:
     """The `paged` KV cache (protocol: base.KVCache)."""
 
@@ -87,7 +79,8 @@ class PagedCache:
         groups = model.groups(config.max_model_len)
         self._groups = [BlockGroup(model, group, config) for group in groups]
         self._group_of = groups_by_layer(self._groups)
-        self._sequences: dict[str, _Sequence] = {}
+        self._num_tokens: dict[str, int] = {}  # tokens that a request may store
+        self._contents: dict[str, list[_Content]] = {}  # of its blocks that are committed
         self._by_digest: WeakValueDictionary[bytes, _Content] = WeakValueDictionary()
 
     @property
@@ -102,36 +95,35 @@ class PagedCache:
 
     def allocate(self, request_id: str, num_tokens: int) -> bool:
         """Give the request room for `num_tokens` in total; False = no room, nothing has changed."""
-        sequence = self._sequences.get(request_id)
-        if sequence is not None and num_tokens <= sequence.num_tokens:
-            return True
-        old = 0 if sequence is None else sequence.num_tokens
-        if not all(group.can_grow(request_id, old, num_tokens) for group in self._groups):
-            return False
-        for group in self._groups:
-            group.grow(request_id, old, num_tokens)
-        self._sequences.setdefault(request_id, _Sequence()).num_tokens = num_tokens
+        old = self._num_tokens.get(request_id, 0)
+        if num_tokens > old or request_id not in self._num_tokens:
+            if not all(group.can_grow(request_id, old, num_tokens) for group in self._groups):
+                return False
+            for group in self._groups:
+                group.grow(request_id, old, num_tokens)
+            self._num_tokens[request_id] = num_tokens
+            self._contents.setdefault(request_id, [])
         return True
 
     def truncate(self, request_id: str, num_tokens: int) -> None:
         """Forget all but the first `num_tokens`; blocks that hold nothing more go back."""
-        sequence = self._sequences[request_id]
-        kept = min(num_tokens, sequence.num_tokens)
+        kept = min(num_tokens, self._num_tokens[request_id])
         for group in self._groups:
             group.check_cut(request_id, kept)
         for group in self._groups:
             group.cut(request_id, kept)
-        sequence.num_tokens = kept
-        del sequence.contents[kept // self._block_size :]
+        self._num_tokens[request_id] = kept
+        del self._contents[request_id][kept // self._block_size :]
 
     def free(self, request_id: str, *, zero: bool = False) -> None:
         """Give back all the request owns (unknown ids: nothing).
 
         zero: nobody will reuse any of it, and what no other sequence uses is overwritten.
         """
-        sequence = self._sequences.pop(request_id, _Sequence())
+        self._num_tokens.pop(request_id, None)
+        contents = self._contents.pop(request_id, [])
         if zero:
-            for content in sequence.contents:
+            for content in contents:
                 self._condemn(content)
             for group in self._groups:  # and its last block, if it was cut back into that
                 for block in group.tables.get(request_id, ()):
@@ -148,9 +140,9 @@ class PagedCache:
         Returns how many tokens, from the first, it need not compute: a multiple of the block size.
         Where it has blocks for them already, those go back.
         """
-        sequence = self._sequences.get(request_id) or _Sequence()
-        own = len(sequence.contents)
-        found = self._found(request_id, sequence.contents, token_ids, num_tokens, salt)
+        contents = self._contents.get(request_id, [])
+        own = len(contents)
+        found = self._found(request_id, contents, token_ids, num_tokens, salt)
         end = len(found)
         if end > own:
             for group in self._groups:
@@ -160,9 +152,9 @@ class PagedCache:
                 group.release(request_id, first)
                 first = max(first, own)
                 group.use(request_id, first, [group.block_of[one] for one in found[first:]])
-            sequence.contents = found
-            sequence.num_tokens = max(sequence.num_tokens, end * self._block_size)
-            self._open(request_id, sequence)
+            self._contents[request_id] = found
+            room = self._num_tokens.get(request_id, 0)
+            self._num_tokens[request_id] = max(room, end * self._block_size)
         return end * self._block_size
 
     def commit(
@@ -171,7 +163,7 @@ class PagedCache:
         """Let others use the blocks that the first `num_tokens` tokens of the request fill."""
         if not self._caching:
             return
-        contents = self._sequences[request_id].contents
+        contents = self._contents[request_id]
         while (len(contents) + 1) * self._block_size <= num_tokens:
             content = self._next_content(contents, token_ids, salt)
             if content is None:
@@ -194,12 +186,7 @@ class PagedCache:
     def view(self, batch: Batch) -> tuple[KVView, ...]:
         """block_table int64[B, X] per layer; RuntimeError if a request has no room for its
         context."""
-        room = {
-            request_id: sequence.num_tokens
-            for request_id in batch.request_ids
-            if (sequence := self._sequences.get(request_id))
-        }
-        views = [group.view(batch, room) for group in self._groups]
+        views = [group.view(batch, self._num_tokens) for group in self._groups]
         return tuple(views[group] for group, _ in self._group_of)
 
     def layer(self, index: int) -> KVPool:
@@ -210,22 +197,19 @@ class PagedCache:
     def check(self) -> None:
         """RuntimeError unless each block is in one state, refs count the tables that hold it,
         lengths fit, and what a sequence has committed is what its blocks hold."""
-        for request_id, sequence in self._sequences.items():
-            if len(sequence.contents) > sequence.num_tokens // self._block_size:
+        if self._contents.keys() != self._num_tokens.keys():
+            raise RuntimeError("requests with contents and requests with a length differ")
+        for request_id, contents in self._contents.items():
+            if len(contents) > self._num_tokens[request_id] // self._block_size:
                 raise RuntimeError(
-                    f"request {request_id}: {sequence.num_tokens} tokens, "
-                    f"{len(sequence.contents)} blocks committed"
+                    f"request {request_id}: {self._num_tokens[request_id]} tokens, "
+                    f"{len(contents)} blocks committed"
                 )
         for group in self._groups:
-            group.check({name: one.num_tokens for name, one in self._sequences.items()})
+            group.check(self._num_tokens)
             for content, block in group.block_of.items():
                 if not content.sound or group.contents[block] is not content:
                     raise RuntimeError("a block that holds what a failed request had")
-
-    def _open(self, request_id: str, sequence: _Sequence) -> None:
-        self._sequences[request_id] = sequence
-        for group in self._groups:
-            group.open(request_id)
 
     # ---- contents ----
 

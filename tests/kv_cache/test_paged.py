@@ -304,11 +304,11 @@ def damage_refs(cache):
 
 
 def damage_length(cache):
-    cache._sequences["a"].num_tokens = 48
+    cache._num_tokens["a"] = 48
 
 
 def damage_committed(cache):
-    cache._sequences["a"].contents *= 2
+    cache._contents["a"] *= 2
 
 
 def lose_block(cache):
