@@ -259,7 +259,7 @@ class Engine:
         _log.warning("a step of %d requests failed", len(scheduled), exc_info=True)
         sampled = []
         for request, num_tokens in scheduled:
-            request.draft_token_ids = []
+            request.draft_token_ids = ()
             alone = [(request, num_tokens)]
             try:
                 sampled += self._sampler.sample(alone, self._runner.run(alone))
@@ -321,7 +321,7 @@ class Engine:
             if self._speculation is not None:
                 held = len(result.token_ids) - 1
                 self._speculation.verified(request, min(held, num_kept))
-            request.draft_token_ids = []
+            request.draft_token_ids = ()
         # Its logits are finite, and they have seen all it has stored.
         self._cache.commit(
             request.request_id,

@@ -153,7 +153,7 @@ def _batch_of(scheduled: Sequence[Scheduled]) -> Batch:
             (
                 request.request_id,
                 (start := request.num_computed_tokens),
-                request.token_ids[start : start + num_tokens] + request.draft_token_ids,
+                [*request.token_ids[start : start + num_tokens], *request.draft_token_ids],
                 request.num_logits(num_tokens),
             )
             for request, num_tokens in scheduled

@@ -86,7 +86,7 @@ class Request:
     takes_largest: bool = field(init=False)
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
-    draft_token_ids: list[int] = field(default_factory=list)
+    draft_token_ids: Sequence[int] = ()
     draft_probabilities: Any = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0

@@ -101,7 +101,7 @@ class Scheduler:
                 scheduled.append((request, 1))
                 budget -= 1
                 if request.draft_token_ids:
-                    del request.draft_token_ids[max(spare, 0) :]
+                    request.draft_token_ids = request.draft_token_ids[: max(spare, 0)]
                     spare -= len(request.draft_token_ids)
                     budget -= len(request.draft_token_ids)
                     guessing.append(request)
@@ -112,7 +112,7 @@ class Scheduler:
                 budget -= num_tokens
         for request in guessing:  # all have their own room by now: guesses take what is left
             if not self._has_room_for_guesses(request):
-                request.draft_token_ids = []
+                request.draft_token_ids = ()
 
         while self.waiting and len(self.running) < self._max_num_seqs and budget > 0:
             request = self.waiting[0]
@@ -194,7 +194,7 @@ class Scheduler:
         """Take all the room of a request: nothing of it is computed any more."""
         self._cache.free(request.request_id)
         request.num_computed_tokens = 0
-        request.draft_token_ids = []
+        request.draft_token_ids = ()
         if not request.num_generated_tokens:
             request.num_cached_tokens = 0
 

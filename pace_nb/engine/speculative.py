@@ -180,7 +180,7 @@ class Speculation:
     def draft(self, running: Sequence[Request]) -> None:
         """Give the running requests that decode their guesses for the next step."""
         for request in running:
-            request.draft_token_ids, request.draft_probabilities = [], None
+            request.draft_token_ids, request.draft_probabilities = (), None
         decoding = [one for one in running if one.num_behind == 1 and one.num_generated_tokens]
         limits = [self._limit(request) for request in decoding]
         if self._lengths is not None and any(limits):
@@ -194,12 +194,12 @@ class Speculation:
         try:
             drafts = self._drafter.propose(requests, limits)
             for request, limit, draft in zip(requests, limits, drafts, strict=True):
-                request.draft_token_ids = list(draft.token_ids[:limit])
+                request.draft_token_ids = tuple(draft.token_ids[:limit])
                 request.draft_probabilities = draft.probabilities
         except Exception:  # without guesses the requests run as they always do
             _log.warning("no drafts for %d requests", len(requests), exc_info=True)
             for request in requests:
-                request.draft_token_ids, request.draft_probabilities = [], None
+                request.draft_token_ids, request.draft_probabilities = (), None
         if self._lengths is not None and all(request.draft_token_ids for request in requests):
             rows = sum(limits) + len(requests)
             self._lengths.draft.observe(rows, time.perf_counter() - begun)

@@ -186,16 +186,21 @@ Mode = Literal["numba", "reference"]
 _mode: ContextVar[Mode] = ContextVar("pace_nb_kernels", default="numba")
 
 
-@contextlib.contextmanager
-def using(mode: Mode) -> Iterator[None]:
-    """Inside the block, public kernels run compiled ("numba") or as their `*_ref` ("reference")."""
-    if mode not in ("numba", "reference"):
-        raise ValueError(f'kernels={mode!r}: expected "numba" or "reference"')
-    token = _mode.set(mode)
-    try:
-        yield
-    finally:
-        _mode.reset(token)
+class using:
+    """`with using(mode):` kernels run compiled ("numba") or as their `*_ref` ("reference")."""
+
+    __slots__ = ("_before", "_mode")
+
+    def __init__(self, mode: Mode) -> None:
+        if mode not in ("numba", "reference"):
+            raise ValueError(f'kernels={mode!r}: expected "numba" or "reference"')
+        self._mode = mode
+
+    def __enter__(self) -> None:
+        self._before = _mode.set(self._mode)
+
+    def __exit__(self, *exception: object) -> None:
+        _mode.reset(self._before)
 
 
 def use_reference() -> bool:

@@ -113,10 +113,10 @@ def test_one_that_gave_way_has_no_guesses_any_more(make):
     places that are not theirs, beyond the budget, and without room."""
     scheduler, (a, b) = make(UNIT, UNIT, num_units=3, max_num_batched_tokens=40, max_num_seqs=4)
     assert turn(scheduler) == {"a": UNIT, "b": UNIT}
-    a.draft_token_ids, b.draft_token_ids = [5], [6, 7]
+    a.draft_token_ids, b.draft_token_ids = (5,), (6, 7)
     assert turn(scheduler) == {"a": 1}  # the third unit is a's
-    assert (b.num_preemptions, b.draft_token_ids) == (1, [])
-    assert a.draft_token_ids == [5]
+    assert (b.num_preemptions, b.draft_token_ids) == (1, ())
+    assert a.draft_token_ids == (5,)
     scheduler.finish(a)
     scheduler._max_num_batched_tokens = 8
     assert scheduler.schedule() == [(b, 8)]

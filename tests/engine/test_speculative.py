@@ -590,7 +590,7 @@ def test_a_guess_is_judged_by_p_and_q(scripted):
         for seed in range(seeds):
             request = scripted.request("0", [1], temperature=1.0, allowed_token_ids=[0, 1, 2])
             request.seed = seed
-            request.draft_token_ids = [guess]
+            request.draft_token_ids = (guess,)
             request.draft_probabilities = np.array([q], np.float32)
             kept = sampler._keep(request, vocab)
             slots = np.array([kept.slot], np.int64)
