@@ -72,7 +72,7 @@ test: $(VENV)/.installed-test
 	$(PYTEST) -q
 
 test-long: $(VENV)/.installed-test
-	PACE_NB_TEST_LONG=1 $(PYTEST) -q tests/kernels/test_bf16.py tests/engine tests/kv_cache tests/models tests/openai_api tests/e2e/test_any_history.py tests/e2e/test_soak.py tests/e2e/test_speculation_families.py tests/server/test_frames.py tests/server/test_service.py tests/server/test_wire.py tests/test_*.py
+	PACE_NB_TEST_LONG=1 $(PYTEST) -q -o faulthandler_timeout=1800 tests/kernels/test_bf16.py tests/engine tests/kv_cache tests/models tests/openai_api tests/e2e/test_any_history.py tests/e2e/test_soak.py tests/e2e/test_speculation_families.py tests/server/test_frames.py tests/server/test_service.py tests/server/test_wire.py tests/test_*.py
 
 test-interpreted: $(VENV)/.installed-test
 	NUMBA_DISABLE_JIT=1 $(PYTEST) -q tests/kernels

@@ -14,11 +14,24 @@ from tests.conftest import pytest_collection_modifyitems
 
 
 @pytest.fixture
-def chosen(repository):
-    """Files and folders that the Makefile names behind PACE_NB_TEST_LONG=1."""
+def command(repository):
+    """Words of the Makefile behind PACE_NB_TEST_LONG=1."""
     (line,) = re.findall(r"PACE_NB_TEST_LONG=1 .*", (repository / "Makefile").read_text())
-    return [path for word in line.split() if word.startswith("tests/")
+    return line.split()
+
+
+@pytest.fixture
+def chosen(repository, command):
+    """Files and folders that are run."""
+    return [path for word in command if word.startswith("tests/")
             for path in repository.glob(word)]  # fmt: skip
+
+
+def test_a_test_of_five_minutes_is_not_reported_as_one_that_hangs(command, pytestconfig):
+    """The crowd in tests/server/test_service.py takes 300 s, as long as the suite's limit."""
+    (seconds,) = (word for word in command if word.startswith("faulthandler_timeout="))
+    assert command[command.index(seconds) - 1] == "-o"
+    assert int(seconds.partition("=")[2]) >= 2 * float(pytestconfig.getini("faulthandler_timeout"))
 
 
 def test_a_property_has_twenty_times_as_many_examples_whatever_its_parameters(monkeypatch):

@@ -91,17 +91,21 @@ def test_everything_under_way_can_be_ended(service):
 # ---- all of it at once -------------------------------------------------------------------------
 LONG = bool(os.environ.get("PACE_NB_TEST_LONG"))
 CLIENTS, SECONDS = (200, 300) if LONG else (50, 10)
-# Asks /health/live from a process of its own, which 200 streams of ours do not delay: seconds each.
+# Asks /health/live from a process of its own, which 200 streams of ours do not delay: seconds each,
+# and for how many of them this process or the server's could have run and had no core.
 PROBE = """
 import json, socket, sys, time
-host, port, end, found = sys.argv[1], int(sys.argv[2]), time.monotonic() + float(sys.argv[3]), []
+host, port, pid, end, found = *sys.argv[1:4], time.monotonic() + float(sys.argv[4]), []
+def waited():
+    return sum(int(open(f"/proc/{one}/schedstat").read().split()[1]) for one in ("self", pid)) / 1e9
 while time.monotonic() < end:
-    start = time.monotonic()
+    before, start = waited(), time.monotonic()
     with socket.create_connection((host, port), 30) as one:
         one.sendall(b"GET /health/live HTTP/1.1\\r\\nHost: localhost\\r\\n")
         one.sendall(b"Connection: close\\r\\n\\r\\n")
         answer = b"".join(iter(lambda: one.recv(4096), b""))
-    found.append(time.monotonic() - start if b" 200 OK" in answer else 1e9)
+    seconds = time.monotonic() - start if b" 200 OK" in answer else 1e9
+    found.append((seconds, waited() - before))
     time.sleep(0.05)
 json.dump(found, sys.stdout)
 """
@@ -164,14 +168,16 @@ class Crowd:
 
 def test_R26_R40_a_crowd_that_leaves_nothing_behind(start, waiting):
     """Every request ends in an answer or an error, though clients go and an engine is killed; no
-    block, file or task is left, and /health/live answers all the while."""
+    block, file or task is left, and /health/live answers all the while: with a core at hand never
+    after more than 100 ms."""
     server = start("--max-num-queued-reqs", "400").ready()
     before = server.metrics()
     crowd = Crowd(server, SECONDS)
-    command = [sys.executable, "-c", PROBE, server.host, str(server.port), str(SECONDS)]
+    asked = (server.host, server.port, server.process.pid, SECONDS)
+    command = [sys.executable, "-c", PROBE, *map(str, asked)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as probe:
         asyncio.run(crowd.run())
-        health = sorted(json.loads(probe.communicate()[0]))
+        answers = json.loads(probe.communicate()[0])
     assert set(crowd.ends) <= {"done", "told", "cut", "refused 503"}, crowd.ends
     assert crowd.ends["done"] > CLIENTS and crowd.ends["told"] + crowd.ends["refused 503"] > 0
     waiting(lambda: server.get("/health").status == 200, 120, server.log)
@@ -181,16 +187,18 @@ def test_R26_R40_a_crowd_that_leaves_nothing_behind(start, waiting):
         f"{found[name]:g} ({before[name]:g} before)"
         for name in ("process_open_fds", "pace_nb:server_tasks", "process_resident_memory_bytes")
     )
+    health = sorted(seconds for seconds, _ in answers)
+    longest = max(seconds - waited for seconds, waited in answers)
     most = {share: health[int(share * (len(health) - 1))] for share in (0.5, 0.9, 0.99, 1.0)}
     told = ", ".join(f"{100 * share:g} %: {1000 * value:.1f} ms" for share, value in most.items())
     sys.stdout.write(
-        f"{dict(crowd.ends)}; /health/live {len(health)} times, {told}; files {files}; "
+        f"{dict(crowd.ends)}; /health/live {len(health)} times, {told}; the longest "
+        f"with a core at hand {1000 * longest:.1f} ms; files {files}; "
         f"tasks {tasks}; RSS {memory}\n"
     )
     assert found["process_open_fds"] <= before["process_open_fds"] + 2
     assert found["pace_nb:server_tasks"] <= before["pace_nb:server_tasks"]
     assert found["process_resident_memory_bytes"] < 250 * 2**20
-    # Of five minutes on a machine that does nothing else all of them; of ten seconds, whatever else
-    # runs on its cores, nine of ten (alone the longest takes 20 ms: docs/reliability.md).
-    assert most[1.0 if LONG else 0.9] < 0.1
+    # What else runs on these cores is not the server's doing (docs/reliability.md).
+    assert longest < 0.1
     assert "Traceback" not in server.log()
