@@ -125,6 +125,9 @@ class Guard:
                 )  # fmt: skip
 
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        most = self._settings.limits.max_header_bytes
+        if _num_bytes(scope) > most:
+            return ApiError(f"the headers have more than {most} bytes", status=431)
         if _has_two_lengths(headers):
             return ApiError("expected Content-Length or Transfer-Encoding, not both", status=400)
         host = headers.get("host", "").lower()
@@ -166,6 +169,12 @@ class Guard:
         if "*" in self._origins or origin.rstrip("/") in self._origins:
             return True
         return bool(host) and origin.partition("://")[2] == host
+
+
+def _num_bytes(scope: Scope) -> int:
+    """Of a request's target and headers. h11 counts only those that it waits for the rest of."""
+    target = len(scope["path"]) + len(scope.get("query_string", b""))
+    return target + sum(len(name) + len(value) for name, value in scope["headers"])
 
 
 def _has_two_lengths(headers: Headers) -> bool:

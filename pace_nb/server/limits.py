@@ -18,7 +18,7 @@ class Limits:
 
     Attributes:
         max_body_bytes: Of a request's body. 413.
-        max_header_bytes: Of a request's line and headers. 400.
+        max_header_bytes: Of a request's line and headers. 431, or 400 while they are still coming.
         header_timeout: To send all headers of a request, once a connection is open. Closed.
         body_timeout: To send all of a body. 408.
         keep_alive_timeout: A connection may be silent between two requests. Closed.

@@ -46,6 +46,15 @@ def test_S20_headers_are_bounded(tight):
         one.close()
         assert closed and data.startswith(b"HTTP/1.1 400")
     assert tight.get("/health/live").status == 200
+    for path, headers in (  # small enough to come at once, with their end
+        ("/health/live", {"X": "a" * 4100}),
+        ("/health/live", {f"X-{i}": "yy" for i in range(800)}),
+        ("/" + "a" * 4100, {}),
+        ("/health/live?" + "a" * 4100, {}),
+    ):
+        reply = tight.request("GET", path, headers=headers)
+        assert reply.status == 431 and reply.error["type"] == "BadRequestError"
+        assert reply.error["message"] == "the headers have more than 4000 bytes"
 
 
 def test_many_that_connect_at_once_are_all_answered(tight):
