@@ -419,10 +419,13 @@ def _sampling_params(
     try:
         return SamplingParams(**{**defaults, **given, **own})
     except InvalidRequestError as error:
-        message = str(error)
-        words = message.replace(",", " ").split()
-        named = words[0] if words and words[0] in _COMMON_FIELDS else None
-        raise ApiError(message, param=named) from None
+        raise ApiError(str(error), param=named_field(str(error))) from None
+
+
+def named_field(message: str) -> str | None:
+    """The field that the message of an InvalidRequestError begins with, where it is one."""
+    word = message.partition(" ")[0].rstrip(",:")
+    return word if word in _COMPLETION_FIELDS | _CHAT_FIELDS else None
 
 
 def _prompts(found: _Fields) -> tuple[str | list[int], ...]:

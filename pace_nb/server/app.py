@@ -87,11 +87,12 @@ async def tokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     body = await read_json_body(request, service.settings.limits)
     check_model(body.get("model"), service.settings.served_model_names)
-    if "messages" in body:
+    if body.get("messages") is not None:
         (prompt,) = await read_prompts(service, read_chat(body))
         ids = prompt.token_ids
     else:
-        text, special = body.get("prompt"), body.get("add_special_tokens", True)
+        text, special = body.get("prompt"), body.get("add_special_tokens")
+        special = True if special is None else special
         if not isinstance(text, str):
             raise ApiError("prompt is wrong, expected text", param="prompt")
         if not isinstance(special, bool):
@@ -99,7 +100,10 @@ async def tokenize(request: Request) -> Response:
                 "add_special_tokens is wrong, expected true or false", param="add_special_tokens"
             )
         check_characters(service, len(text), "prompt")
-        ids = await service.in_reader(service.tokenizer.encode, text, special)
+        try:
+            ids = await service.in_reader(service.tokenizer.encode, text, special)
+        except InvalidRequestError as error:
+            raise ApiError(str(error), param="prompt") from None
     names = [service.tokenizer.token_text(one) for one in ids]
     return json_response(
         {

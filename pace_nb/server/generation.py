@@ -235,7 +235,12 @@ class Exchange:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self.mailbox.accepted.wait()
-        self.mailbox.check()
+        try:
+            self.mailbox.check()
+        except ApiError as error:
+            if error.status == 400 and error.param is None:
+                error.param = request_body.named_field(str(error))
+            raise
 
     async def outputs(self) -> list[RequestOutput]:
         """All prompts' finished outputs. ApiError: the request failed."""

@@ -98,6 +98,10 @@ def test_tokens_there_and_back(server, tokenizer):
     assert back == {"prompt": text}
     strings = server.post("/tokenize", {"prompt": "cat", "return_token_strs": True}).json()
     assert "".join(strings["token_strs"]).endswith("cat")
+    left_out = {"add_special_tokens": None, "messages": None, "return_token_strs": None}
+    assert server.post("/tokenize", {"prompt": text, **left_out}).json()["tokens"] == (
+        tokenizer.encode(text, True)
+    )
     messages = [{"role": "user", "content": "<|end|> hi"}]
     chat = server.post("/tokenize", {"messages": messages}).json()
     assert chat["tokens"] == tokenizer.encode_chat(messages).token_ids
@@ -108,6 +112,7 @@ def test_tokens_there_and_back(server, tokenizer):
     [
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"prompt": "\ud800"}, "prompt"),
         ("/tokenize", {"prompt": "a", "add_special_tokens": 1}, "add_special_tokens"),
         ("/tokenize", {"prompt": "x" * 20000}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),

@@ -339,6 +339,19 @@ def test_S16_S19_S25_every_type_in_every_field(server, path):
     connection.close()
 
 
+@pytest.mark.parametrize(
+    "param, value",
+    [
+        ("stop_token_ids", [99999]), ("logit_bias", {"99999": 1}), ("allowed_token_ids", [1536]),
+        ("prompt", [1536]), ("priority", 3), ("structured_outputs", {"regex": "("}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_only_the_engine_can_judge_names_its_field_too(server, param, value, stream):
+    reply = server.complete(**{"max_tokens": 1, "stream": stream, param: value})
+    assert (reply.status, reply.error["param"]) == (400, param)
+
+
 def test_what_is_not_built_is_refused_by_name(server):
     assert server.complete(suffix="b").error["param"] == "suffix"
 
