@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pace_nb.kernels import jit
+from pace_nb.kernels import jit, memory
 from pace_nb.kernels.arrays import STORAGE, Array, ascends, in_range, require, writable
 from pace_nb.kernels.attention_rows import (
     KEY_BLOCK,
@@ -145,12 +145,12 @@ def plan(
         pieces,
         sizes,
         int((contexts - first)[sequences].sum()) * kv_heads * 2 * d * pool.k.itemsize,
-        np.empty(kept, np.float32),
-        np.empty(kept * 16, np.float32),
-        np.empty(kept * padded, np.float32),
-        np.empty(workers * (rows * d + PASS * KEY_BLOCK), pool.k.dtype),
-        np.empty(workers * max(WORK, 32 + padded), np.float32),
-        np.empty(workers * WORDS, np.int64),
+        memory.empty(kept, np.float32),
+        memory.empty(kept * 16, np.float32),
+        memory.empty(kept * padded, np.float32),
+        memory.empty(workers * (rows * d + PASS * KEY_BLOCK), pool.k.dtype),
+        memory.empty(workers * max(WORK, 32 + padded), np.float32),
+        memory.empty(workers * WORDS, np.int64),
     )
 
 

@@ -32,6 +32,8 @@ Error: with w = softmax weights and e = (D + 2) 2^-24 scale max |q|.|k|, a score
     |out - exact| <= w.|v| (4 e + (min(S, SPLIT) + S/8 + 64) 2^-24); 4 e has room for the rounding
     of scale log2 e, and 64 for exp2. BF16 adds 2^-8 w.|v|, as the weights are rounded for the
     second product (their sum is not), and 2^-8 |out|.
+    Few rows wait for memory: they read the keys of a whole split, then its values, in order, and
+    ask for what comes next while they compute (`attend_few`). Many rows stay with one block in L1.
 Cautions: a NaN or infinity in a key or value reaches the rows that see it and no other. BF16 dot
     products take denormals for zero where the CPU has the instruction (lanes.py).
 Source: Milakov and Gimelshein 2018 (online softmax), Dao et al. 2022 (FlashAttention), Xiao et al.
@@ -41,8 +43,6 @@ Notebook: 06 online softmax. Ledger: attention_decode.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import numpy as np
 
@@ -80,7 +80,7 @@ from pace_nb.kernels.words import first_of_words, per_word, second_of_words
 # Units of a key block: 6 rows x 4 vectors of scores, 4 of keys and 1 of q fill 29 registers of 32.
 UNITS = 4
 KEY_BLOCK = UNITS * UNIT  # aligned at multiples of itself, so every row cuts its keys alike
-MR = 6  # rows of the largest tile; what is left over takes tiles of 4, 2 and 1
+MR = 6  # rows of the largest tile; what is left over takes tiles of 4 and 1
 # Keys of a split, a task of decode: 256 KiB of K and V for D = 128, some 10 us of DRAM time. To
 # fold a split costs a row 2 exp and 3 D FLOPs, under 1 % of its keys. Never per thread count.
 SPLIT = 512
@@ -90,12 +90,21 @@ FLOOR = -3.4028234663852886e38  # m before any key: finite, as -inf - -inf is Na
 # Rows of a pass: the scores of two tiles, then the weights of all their rows, then two tiles of
 # values. What one row waits for (its maximum, from 64 lanes) another's work hides.
 PASS = 2 * MR
-# Scratch of a thread, float32: scores [12, 64], then for 12 rows the largest score of the block
-# (a tile of 6 writes 16 lanes), -m and alpha.
-TOPS = PASS * KEY_BLOCK
-SHIFT, ALPHA, WORK = TOPS + 32, TOPS + 48, TOPS + 64
-# And int64: where the words of this block and of the next begin, then the spans of 12 rows.
-WORDS = 2 * KEY_BLOCK + 2 * PASS
+# Few rows wait for memory, and take another way through a split (`attend_few`): the scores of all
+# its blocks, then their weights and values. K is one long stream from memory, then V, where turns
+# of a block each would leave the hardware's prefetching to begin anew every few KiB.
+FEW = PASS
+BLOCKS = SPLIT // KEY_BLOCK
+# Scratch of a thread, float32: for 12 rows -m and alpha, the largest score of each block of a split
+# (a tile of 6 writes 16 lanes), then scores [12, 64] of each block.
+SHIFT, ALPHA, TOPS = 0, 16, 32
+SCORES = TOPS + BLOCKS * 32
+WORK = SCORES + BLOCKS * PASS * KEY_BLOCK
+# And int64: where the words of this block and of the next begin, the spans of 12 rows, the units of
+# a split and of the block beyond it.
+SPANS = 2 * KEY_BLOCK
+UNIT_NUMBERS = SPANS + 2 * PASS
+WORDS = UNIT_NUMBERS + (BLOCKS + 1) * UNITS
 
 
 # ---- definitions ---------------------------------------------------------------------------------
@@ -165,9 +174,9 @@ def _score_tile(mr):
     asks = mr < MR
 
     @jit.device_fn
-    def scores(q, q0, d, k, k0, later, work, i):
-        # Rows i .. i + mr of work [12, 64] = q [mr, D] at q0 . keys of a block, and their maxima;
-        # unit j [D/S, 16, S] begins at k0[j], that of the next block at later[j].
+    def scores(q, q0, d, k, k0, asked, later, work, w0, tops):
+        # work [mr, 64] at w0 = q [mr, D] at q0 . keys of a block, and their maxima at tops; unit j
+        # [D/S, 16, S] begins at k0[j]. What is needed next are the units of `asked` at later[j].
         s = per_word(q)
         steps = d // s
         acc = tile_zeros(mr, 4)
@@ -176,11 +185,11 @@ def _score_tile(mr):
             for x in range(j * steps // 4, (j + 1) * steps // 4):
                 if asks:
                     for line in range(4):
-                        prefetch(k, ahead + line * 16 * s)
+                        prefetch(asked, ahead + line * 16 * s)
                     ahead += 64 * s
                 acc = tile_dot_apart(acc, q, q0 + x * s, d, k, k0, x * 16 * s)
-        tile_store(acc, work, i * KEY_BLOCK, KEY_BLOCK)
-        store(work, TOPS + i, tile_row_maxima(acc))
+        tile_store(acc, work, w0, KEY_BLOCK)
+        store(work, tops, tile_row_maxima(acc))
 
     return scores
 
@@ -190,10 +199,10 @@ def _value_tile(nv, mr):
     asks = mr < MR
 
     @jit.device_fn
-    def add_values(p, i, v, dp, column, words, first, end, work, values, o0):
+    def add_values(p, i, v, asked, dp, column, words, first, end, work, values, o0):
         # values [mr, Dp] at o0 = alpha values + p V, for rows i .. i + mr of p [12, 64] and words
         # first .. end of the block (a word is S keys of one column); the words of all columns
-        # [Dp, S] begin at words[x], those of the next block at words[64 + x].
+        # [Dp, S] begin at words[x], what is needed next at words[64 + x] of `asked`.
         s = per_word(v)
         acc = tile_scale_rows(tile_load(mr, nv, values, o0 + column, dp), work, ALPHA + i)
         p0 = i * KEY_BLOCK
@@ -201,53 +210,55 @@ def _value_tile(nv, mr):
             if asks:
                 ahead = words[KEY_BLOCK + x] + column * s
                 for line in range(nv):
-                    prefetch(v, ahead + 16 * line * s)
+                    prefetch(asked, ahead + 16 * line * s)
             acc = tile_dot(acc, p, p0 + x * s, KEY_BLOCK, v, words[x] + column * s, 16 * s)
         tile_store(acc, values, o0 + column, dp)
 
     return add_values
 
 
-def _by_rows(tile):
-    """The device function f(mr, ...) that calls tile(mr)(...), for the sizes that tiles come in."""
-    rows_6, rows_4, rows_2, rows_1 = (tile(mr) for mr in (MR, 4, 2, 1))
-
-    @jit.device_fn
-    def of_rows(mr, *arguments):
-        if mr == MR:
-            rows_6(*arguments)
-        elif mr == 4:
-            rows_4(*arguments)
-        elif mr == 2:
-            rows_2(*arguments)
-        else:
-            rows_1(*arguments)
-
-    return of_rows
-
-
-_scores = _by_rows(_score_tile)
-_add_64_columns, _add_16_columns = (_by_rows(partial(_value_tile, nv)) for nv in (4, 1))
+_scores_6, _scores_4, _scores_1 = (_score_tile(mr) for mr in (MR, 4, 1))
+_add_6x64, _add_4x64, _add_1x64 = (_value_tile(4, mr) for mr in (MR, 4, 1))
+_add_2x128 = _value_tile(8, 2)  # for few rows: all lines of a word of 128 columns, in order
+_add_6x16, _add_1x16 = _value_tile(1, MR), _value_tile(1, 1)
 
 
 @jit.device_fn
-def _hide(rows, spans, work):
-    """Scores of the pass outside a row's keys first .. end become -inf, and leave its maximum."""
+def _few_scores(mr, *arguments):
+    """The scores of a tile that asks: 4 rows or 1."""
+    if mr == 4:
+        _scores_4(*arguments)
+    else:
+        _scores_1(*arguments)
+
+
+@jit.device_fn
+def _scores(mr, *arguments):
+    """The scores of a tile of 6, 4 or 1 rows."""
+    if mr == MR:
+        _scores_6(*arguments)
+    else:
+        _few_scores(mr, *arguments)
+
+
+@jit.device_fn
+def _hide(rows, spans, work, w0, tops):
+    """Scores at w0 outside a row's keys first .. end become -inf, and leave its maximum."""
     hidden = splat(-np.inf)
     for i in range(rows):
         first, end = spans[2 * i], spans[2 * i + 1]
         largest = hidden
         for key in range(0, KEY_BLOCK, 16):
-            at = i * KEY_BLOCK + key
+            at = w0 + i * KEY_BLOCK + key
             seen = keep_lanes(load(work, at), first - key, end - key, hidden)
             store(work, at, seen)
             largest = maximum(largest, seen)
-        work[TOPS + i] = reduce_max(largest)
+        work[tops + i] = reduce_max(largest)
 
 
 @jit.device_fn
-def _softmax_rows(rows, scale, work, p, top, total, r):
-    """p [rows, 64] = 2^(scale scores - m), rounded to storage.
+def _softmax_rows(rows, scale, work, w0, tops, p, top, total, r):
+    """p [rows, 64] = 2^(scale scores - m), rounded to storage; scores are at w0 of `work`.
 
     Rows r .. r + rows of top and total (m and l) take these keys in; alpha = 2^(old m - new m) goes
     to `work`, for the values. scale is that of the logits times log2 e.
@@ -255,15 +266,15 @@ def _softmax_rows(rows, scale, work, p, top, total, r):
     factor = splat(scale)
     old = load_tail(top, r, rows)
     # A NaN may be lost among the maxima, but exp2 keeps it: the sum and the values become NaN.
-    new = maximum(old, load(work, TOPS) * factor)
+    new = maximum(old, load(work, tops) * factor)
     store_tail(top, r, new, rows)
     store(work, SHIFT, -new)
     store(work, ALPHA, exp2(old - new))
     for i in range(rows):
         at, lanes = i * KEY_BLOCK, (r + i) * 16
-        shift = splat(work[SHIFT + i])
-        s0, s1 = load(work, at) * factor, load(work, at + 16) * factor
-        s2, s3 = load(work, at + 32) * factor, load(work, at + 48) * factor
+        w, shift = w0 + at, splat(work[SHIFT + i])
+        s0, s1 = load(work, w) * factor, load(work, w + 16) * factor
+        s2, s3 = load(work, w + 32) * factor, load(work, w + 48) * factor
         s0, s1, s2, s3 = exp2(s0 + shift), exp2(s1 + shift), exp2(s2 + shift), exp2(s3 + shift)
         sums = fma(load(total, lanes), splat(work[ALPHA + i]), (s0 + s1) + (s2 + s3))
         store(total, lanes, sums)
@@ -274,13 +285,50 @@ def _softmax_rows(rows, scale, work, p, top, total, r):
 
 
 @jit.device_fn
+def _add_row_values(p, i, v, asked, dp, column, words, first, end, work, values, o0):
+    """One row's values from `column` on: groups of 64 columns, then of 16."""
+    whole = dp // 64 * 64
+    for c in range(column, whole, 64):
+        _add_1x64(p, i, v, asked, dp, c, words, first, end, work, values, o0)
+    for c in range(whole, dp, 16):
+        _add_1x16(p, i, v, asked, dp, c, words, first, end, work, values, o0)
+
+
+@jit.device_fn
 def _add_values(mr, p, i, v, dp, words, first, end, work, values, o0):
     """All columns of the values: groups of 64, then of 16, as 6 rows of 16 keep the units busy."""
-    whole = dp // 64 * 64
-    for c in range(0, whole, 64):
-        _add_64_columns(mr, p, i, v, dp, c, words, first, end, work, values, o0)
-    for c in range(whole, dp, 16):
-        _add_16_columns(mr, p, i, v, dp, c, words, first, end, work, values, o0)
+    column = 0
+    if mr == MR:
+        column = dp
+        for c in range(0, dp // 64 * 64, 64):
+            _add_6x64(p, i, v, v, dp, c, words, first, end, work, values, o0)
+        for c in range(dp // 64 * 64, dp, 16):
+            _add_6x16(p, i, v, v, dp, c, words, first, end, work, values, o0)
+    elif mr == 4:
+        column = dp // 64 * 64
+        for c in range(0, column, 64):
+            _add_4x64(p, i, v, v, dp, c, words, first, end, work, values, o0)
+    for j in range(0 if column == dp else mr):
+        at = o0 + j * dp
+        _add_row_values(p, i + j, v, v, dp, column, words, first, end, work, values, at)
+
+
+@jit.device_fn
+def _add_few_values(mr, p, i, v, asked, dp, words, first, end, work, values, o0):
+    """As `_add_values` for 4 rows or 1, with 128 columns at once where there are so many."""
+    column = 0
+    if mr == 4:
+        column = dp // 128 * 128
+        for c in range(0, column, 128):
+            for j in (0, 2):
+                at = o0 + j * dp
+                _add_2x128(p, i + j, v, asked, dp, c, words, first, end, work, values, at)
+        for c in range(column, dp // 64 * 64, 64):
+            _add_4x64(p, i, v, asked, dp, c, words, first, end, work, values, o0)
+        column = dp // 64 * 64
+    for j in range(0 if column == dp else mr):
+        at = o0 + j * dp
+        _add_row_values(p, i + j, v, asked, dp, column, words, first, end, work, values, at)
 
 
 @jit.device_fn
@@ -309,6 +357,16 @@ def _add_lone_value(p, p0, key, v, dp, words, values, o0):
 
 
 @jit.device_fn
+def _add_lone_values(i, p, v, dp, words, spans, values, o0):
+    """The first and the last key of row i of the pass, if it does not see their partners."""
+    s, key, end = per_word(v), spans[2 * i], spans[2 * i + 1]
+    if key % s and key < end:
+        _add_lone_value(p, i * KEY_BLOCK, key, v, dp, words, values, o0)
+    if end % s and key < end:
+        _add_lone_value(p, i * KEY_BLOCK, end - 1, v, dp, words, values, o0)
+
+
+@jit.device_fn
 def _add_before(t, mr, p, v, dp, words, spans, work, values, o0):
     """The values that only some rows see, before words begin .. stop that all see; returns these.
 
@@ -324,7 +382,7 @@ def _add_before(t, mr, p, v, dp, words, spans, work, values, o0):
         first, end = (spans[2 * i] + s - 1) // s, min(begin, spans[2 * i + 1] // s)
         if first < end:
             at = o0 + (i - t) * dp
-            _add_values(1, p, i, v, dp, words, first, end, work, values, at)
+            _add_row_values(p, i, v, v, dp, 0, words, first, end, work, values, at)
     return begin, max(begin, stop)
 
 
@@ -333,14 +391,11 @@ def _add_after(t, mr, stop, p, v, dp, words, spans, work, values, o0):
     """The values that only some rows see, from word `stop`, then each row's lone keys."""
     s = per_word(v)
     for i in range(t, t + mr):
-        key, end, at = spans[2 * i], spans[2 * i + 1], o0 + (i - t) * dp
-        first = max(stop, (key + s - 1) // s)
-        if first < end // s:
-            _add_values(1, p, i, v, dp, words, first, end // s, work, values, at)
-        if key % s and key < end:
-            _add_lone_value(p, i * KEY_BLOCK, key, v, dp, words, values, at)
-        if end % s and key < end:
-            _add_lone_value(p, i * KEY_BLOCK, end - 1, v, dp, words, values, at)
+        first, end = max(stop, (spans[2 * i] + s - 1) // s), spans[2 * i + 1] // s
+        at = o0 + (i - t) * dp
+        if first < end:
+            _add_row_values(p, i, v, v, dp, 0, words, first, end, work, values, at)
+        _add_lone_values(i, p, v, dp, words, spans, values, at)
 
 
 # ---- the rows of a task against one split --------------------------------------------------------
@@ -382,6 +437,13 @@ def first_key(position, window, chunk):
 
 
 @jit.device_fn
+def keys_of_split(position, tokens, window, chunk, split):
+    """Keys low .. high of the split that some row sees, of so many tokens from `position` on."""
+    low = max(first_key(position, window, chunk), split * SPLIT)
+    return low, min(position + tokens, split * SPLIT + SPLIT)
+
+
+@jit.device_fn
 def _locate(head, table, t0, units_per_block, block, near, far, d, dp, s, words, w0):
     """Where the keys of a block's four units begin; where its words of values do, in words[w0:].
 
@@ -401,9 +463,15 @@ def _locate(head, table, t0, units_per_block, block, near, far, d, dp, s, words,
 
 
 @jit.device_fn
+def _few_height(rows):
+    """Rows of the next tile that asks, of so many that are left."""
+    return 4 if rows >= 4 else 1
+
+
+@jit.device_fn
 def _height(rows):
     """Rows of the next tile, of so many that are left."""
-    return MR if rows >= MR else 4 if rows >= 4 else 2 if rows >= 2 else 1
+    return MR if rows >= MR else _few_height(rows)
 
 
 @jit.device_fn
@@ -448,15 +516,14 @@ def attend_split(
     """m, l, o of q [tokens * group, D] over the keys of split number `split`, into rows r0 ...
 
     The first token is at `position`; `head` is the pool's first unit of the key/value head; words
-    [WORDS] int64, p [6 * 64] in storage dtype and work [WORK] f32 are scratch.
+    [WORDS] int64, p [12 * 64] in storage dtype and work [WORK] f32 are scratch.
     """
     s = per_word(v)
     clear_rows(top, total, values, r0, tokens * group, dp)
-    low = max(first_key(position, window, chunk), split * SPLIT)
-    high = min(position + tokens, split * SPLIT + SPLIT)
+    low, high = keys_of_split(position, tokens, window, chunk, split)
     if low >= high:
         return
-    spans = words[2 * KEY_BLOCK :]
+    spans = words[SPANS:]
     near, far, start = low // 16, (high - 1) // 16, low // KEY_BLOCK * KEY_BLOCK
     last_first = first_key(position + tokens - 1, window, chunk)
     later = _locate(head, table, t0, units_per_block, start, near, far, d, dp, s, words, KEY_BLOCK)
@@ -488,11 +555,12 @@ def attend_split(
                 t = 0
                 while t < n:
                     mr = _height(n - t)
-                    _scores(mr, q, (r + t) * d, d, k, k0, later, work, t)
+                    at = SCORES + t * KEY_BLOCK
+                    _scores(mr, q, (r + t) * d, d, k, k0, k, later, work, at, TOPS + t)
                     t += mr
                 if not whole:
-                    _hide(n, spans, work)
-                _softmax_rows(n, scale, work, p, top, total, r0 + r)
+                    _hide(n, spans, work, SCORES, TOPS)
+                _softmax_rows(n, scale, work, SCORES, TOPS, p, top, total, r0 + r)
                 t = 0
                 while t < n:
                     mr, o0 = _height(n - t), (r0 + r + t) * dp
@@ -505,6 +573,99 @@ def attend_split(
                         _add_after(t, mr, stop, p, v, dp, words, spans, work, values, o0)
                     t += mr
             r += n
+
+
+@jit.device_fn
+def _units_at(words, b, width):
+    """Where the four units of block b begin, with so many elements per key."""
+    x, size = UNIT_NUMBERS + b * UNITS, UNIT * width
+    return words[x] * size, words[x + 1] * size, words[x + 2] * size, words[x + 3] * size
+
+
+@jit.device_fn
+def _find_words(words, w0, b, width, s):
+    """Where the words of block b do, into words[w0:]."""
+    for j in range(UNITS):
+        begin = words[UNIT_NUMBERS + b * UNITS + j] * UNIT * width
+        for x in range(UNIT // s):
+            words[w0 + j * UNIT // s + x] = begin + x * width * s
+
+
+@jit.device_fn
+def attend_few(
+    q,
+    k,
+    v,
+    head,
+    table,
+    t0,
+    units_per_block,
+    d,
+    dp,
+    tokens,
+    group,
+    position,
+    window,
+    chunk,
+    scale,
+    split,
+    words,
+    work,
+    p,
+    top,
+    total,
+    values,
+    r0,
+):
+    """As `attend_split`, and to the bit, for at most FEW rows: in the order of memory.
+
+    What is needed next is asked for all the time: at the end of the keys the first values, at the
+    end of the values the keys after this split, which come next if the caller takes them so.
+    """
+    s, n = per_word(v), tokens * group
+    clear_rows(top, total, values, r0, n, dp)
+    low, high = keys_of_split(position, tokens, window, chunk, split)
+    if low >= high:
+        return
+    spans, start = words[SPANS:], low // KEY_BLOCK * KEY_BLOCK
+    blocks = -(-(high - start) // KEY_BLOCK)
+    last_first = first_key(position + tokens - 1, window, chunk)
+    for x in range((blocks + 1) * UNITS):
+        # Units that no row sees may not exist: one that does takes their place.
+        end = high if x < blocks * UNITS else position + tokens
+        unit = max(low // UNIT, min((end - 1) // UNIT, start // UNIT + x))
+        words[UNIT_NUMBERS + x] = head + unit_number(table, t0, units_per_block, unit)
+    for b in range(blocks):
+        asked, later = k, _units_at(words, b + 1, d)
+        if b + 1 == blocks:
+            asked, later = v, _units_at(words, 0, dp)
+        k0, t = _units_at(words, b, d), 0
+        while t < n:
+            mr, at = _few_height(n - t), SCORES + (b * n + t) * KEY_BLOCK
+            _few_scores(mr, q, t * d, d, k, k0, asked, later, work, at, TOPS + b * 32 + t)
+            t += mr
+    for b in range(blocks):
+        block = start + b * KEY_BLOCK
+        whole = position + 1 >= block + KEY_BLOCK and last_first <= block
+        if whole or _find_spans(n, 0, group, position, block, window, chunk, spans):
+            w0, tops, t = SCORES + b * n * KEY_BLOCK, TOPS + b * 32, 0
+            _find_words(words, 0, b, dp, s)
+            asked, width = (v, dp) if b + 1 < blocks else (k, d)
+            _find_words(words, KEY_BLOCK, b + 1, width, s)
+            if not whole:
+                _hide(n, spans, work, w0, tops)
+            _softmax_rows(n, scale, work, w0, tops, p, top, total, r0)
+            while t < n:
+                mr, o0 = _few_height(n - t) if whole else 1, (r0 + t) * dp
+                first, end = 0, KEY_BLOCK // s
+                if not whole:
+                    first, end = (spans[2 * t] + s - 1) // s, spans[2 * t + 1] // s
+                    _scale_values(t, 1, work, values, o0, dp)
+                if first < end:
+                    _add_few_values(mr, p, t, v, asked, dp, words, first, end, work, values, o0)
+                if not whole:
+                    _add_lone_values(t, p, v, dp, words, spans, values, o0)
+                t += mr
 
 
 @jit.device_fn

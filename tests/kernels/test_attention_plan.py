@@ -112,6 +112,15 @@ def test_a_plan_serves_every_layer_and_refuses_what_was_not_planned(
         module.attend(planned, q, KVPool(pool.k[::-1], pool.v[::-1]), scale)
 
 
+def test_scratch_begins_at_cache_lines(scenario: Any) -> None:
+    case = scenario([20, 700], [2, 1])
+    q, pool, table, per_block, cu, lens, _ = case.arguments
+    for split_keys in (True, False):
+        planned = plan("step", q.shape, pool, table, per_block, cu, lens, split_keys=split_keys)
+        for x in (planned.total, planned.values, planned.storage, planned.work):
+            assert x.ctypes.data % 64 == 0
+
+
 def test_tasks_are_cut_by_the_step_alone(scenario: Any) -> None:
     case = scenario([20, 700], [2, 1])
     q, pool, table, per_block, cu, lens, _ = case.arguments

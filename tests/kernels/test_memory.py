@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pace_nb.kernels.memory import CACHE_LINE, HUGE_PAGE, keep_freed, zeros
+from pace_nb.kernels.memory import CACHE_LINE, HUGE_PAGE, empty, keep_freed, zeros
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.uint8])
@@ -21,6 +21,15 @@ def test_zeros_begin_at_a_cache_line_or_a_huge_page(nbytes, dtype):
         assert x.shape == (size,) and x.dtype == dtype and x.flags.c_contiguous
         assert x.flags.writeable and not x.any()
         assert x.ctypes.data % (HUGE_PAGE if nbytes >= HUGE_PAGE else CACHE_LINE) == 0
+
+
+@pytest.mark.parametrize("nbytes", [64, 4096 + 64, HUGE_PAGE - 64, HUGE_PAGE + 64])
+def test_scratch_begins_at_a_cache_line_or_a_huge_page_too(nbytes):
+    for _ in range(3):
+        x = empty(nbytes // 4, np.float32)
+        assert x.shape == (nbytes // 4,) and x.dtype == np.float32 and x.flags.writeable
+        assert x.ctypes.data % (HUGE_PAGE if nbytes >= HUGE_PAGE else CACHE_LINE) == 0
+        x[:] = 1.0  # all of it is there
 
 
 def test_nothing_at_all():
