@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import secrets
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +88,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "-c",
         "--max-model-len",
         "--ctx-size",
-        type=int,
+        type=human_integer,
         metavar="N",
         help="longest prompt and output together, in tokens",
     )
@@ -130,13 +132,13 @@ def add_batching_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--max-num-batched-tokens",
-        type=int,
+        type=human_integer,
         metavar="N",
         help="tokens of a step: first one for each that decodes, then prompts",
     )
     add(
         "--long-prefill-token-threshold",
-        type=int,
+        type=human_integer,
         metavar="N",
         help="most tokens of one prompt in a step",
     )
@@ -150,7 +152,12 @@ def add_batching_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("fcfs", "priority"),
         help="first come, first served, or by the requests' priority, lower values first",
     )
-    add("--kv-cache-memory-bytes", type=int, metavar="BYTES", help="size of the KV cache")
+    add(
+        "--kv-cache-memory-bytes",
+        type=human_integer,
+        metavar="BYTES",
+        help="size of the KV cache, such as 4G",
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -217,6 +224,22 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
     return value
+
+
+def human_integer(text: str) -> int:
+    """An argument's type: an integer, or one with a unit as vLLM has them.
+
+    1k is 1000, 1K is 1024, 25.6k is 25600; and so on with m, g, t and M, G, T.
+    """
+    found = re.fullmatch(r"([+-]?\d+)|(\d{1,18}(?:\.\d{1,18})?)([kmgtKMGT])", text, re.ASCII)
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"expected an integer, such as 4096, 4k (4000) or 4K (4096), got {text!r}"
+        )
+    if found[1] is not None:
+        return int(found[1])
+    base = 1024 if found[3].isupper() else 1000
+    return int(Fraction(found[2]) * base ** ("kmgt".index(found[3].lower()) + 1))
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -195,6 +195,27 @@ def test_engine_flags_reach_their_fields(monkeypatch, flags, kv_cache, block_siz
     assert asked["speculative_config"] is None
 
 
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("4096", 4096), ("-5", -5), ("4k", 4000), ("4K", 4096), ("25.6k", 25600), ("0.5K", 512),
+        ("2m", 2 * 10**6), ("2G", 2**31), ("3t", 3 * 10**12), ("1T", 2**40), ("0", 0),
+    ],
+)  # fmt: skip
+def test_sizes_may_have_vllms_units(text, value):
+    for flag in ("--max-model-len", "-c", "--ctx-size"):
+        assert parse(f"{flag}={text}").max_model_len == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "k", "4kk", "4.5", "1e3", "4 k", "k4", "-4k", "4KiB", "\u0664"]
+)
+def test_sizes_that_are_none(text, capsys):
+    with pytest.raises(SystemExit):
+        parse(f"--max-model-len={text}")
+    assert "expected an integer, such as 4096, 4k (4000) or 4K (4096)" in capsys.readouterr().err
+
+
 def test_speculation_is_asked_for_in_json(monkeypatch, capsys):
     asked = {}
     monkeypatch.setattr("pace_nb.llm.LLM", lambda model, **options: asked.update(options))

@@ -40,8 +40,8 @@ def test_defaults(given):
 def test_vllms_names(given):
     settings, engine, max_num_seqs, _, _ = given(
         *"--served-model-name a b --host ::1 --port 9 --max-num-seqs 7 --seed 3 -t 1".split(),
-        *"--max-num-batched-tokens 64 --no-enable-chunked-prefill --max-model-len 128".split(),
-        *"--no-enable-prefix-caching --kv-cache-memory-bytes 1000000 --dtype float32".split(),
+        *"--max-num-batched-tokens 2K --no-enable-chunked-prefill --max-model-len 128".split(),
+        *"--no-enable-prefix-caching --kv-cache-memory-bytes 1m --dtype float32".split(),
         *"--data-parallel-size 2 --metrics-prefix vllm --disable-access-log".split(),
         *"--scheduling-policy priority".split(),
     )
@@ -50,7 +50,7 @@ def test_vllms_names(given):
     assert not settings.log_requests and max_num_seqs == 7
     assert engine.options == {
         "dtype": "float32", "kernels": "numba", "max_model_len": 128, "kv_cache": "paged",
-        "enable_prefix_caching": False, "max_num_seqs": 7, "max_num_batched_tokens": 64,
+        "enable_prefix_caching": False, "max_num_seqs": 7, "max_num_batched_tokens": 2048,
         "enable_chunked_prefill": False, "kv_cache_memory_bytes": 1000000, "num_threads": 1,
         "seed": 3, "scheduling_policy": "priority", "block_size": None,
         "speculative_config": None,
