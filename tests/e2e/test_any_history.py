@@ -3,8 +3,9 @@
 The scripted model of tests/engine stands for the real one. Requests arrive, alone or 63 at a time,
 with priorities and salts; steps run; requests are given up; the cache denies room, the model or the
 cache raises, all at any moment, in one step too, with guesses that hold or not, or without any.
-After every step the cache must be sound; at the end it must be empty, and the next request must be
-served.
+The model sees everything, or parts in some layers (windows, chunks), or stores other keys in long
+sequences. After every step the cache must be sound; at the end it must be empty, and the next
+request must be served.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ INJECTED = "injected"
 class Foreseeing:
     """Guesses what a request gets alone; every third guess is wrong, and every seventh call fails.
 
-    `asked` tells how the request with an id was made. `known`: who was guessed for and not
-    forgotten yet.
+    `alone` gives a request that was made as the one with an id and had an engine to itself.
+    `known`: who was guessed for and not forgotten yet.
     """
 
-    def __init__(self, asked):
-        self.asked, self.futures, self.count = asked, {}, 0
+    def __init__(self, alone):
+        self.alone, self.futures, self.count = alone, {}, 0
         self.known = set()
 
     def propose(self, requests, limits):
@@ -52,10 +53,7 @@ class Foreseeing:
     def _coming(self, request, limit):
         name = request.request_id
         if name not in self.futures:
-            prompt, max_tokens, params = self.asked(name)
-            alone = Scripted.request("x", prompt, max_tokens=max_tokens, **params)
-            Scripted.setup(kv_cache="contiguous").run(alone)
-            self.futures[name] = alone.generated_token_ids
+            self.futures[name] = self.alone(name).generated_token_ids
         done = request.num_generated_tokens
         return self.futures[name][done : done + limit]
 
@@ -73,11 +71,15 @@ class History(RuleBasedStateMachine):
         chunked=st.booleans(),
         max_num_seqs=st.integers(1, 8),
         num_guesses=st.sampled_from([0, 1, 5, 33]),
+        model=st.sampled_from([{}, {"windows": True}, {"switch_length": 40}]),
     )
-    def open(self, kind, units, budget, chunked, max_num_seqs, num_guesses=0):
+    def open(self, kind, units, budget, chunked, max_num_seqs, num_guesses, model):
+        self.options = model
         self.asked = []  # (request, how to make it again)
         self.drafter = Foreseeing(
-            lambda name: ([1, 2, 3], 8, {}) if name == "last" else self.asked[int(name)][1]
+            lambda name: self._alone(
+                *(([1, 2, 3], 8, {}) if name == "last" else self.asked[int(name)][1])
+            )
         )
         speculative = {"method": "ngram", "num_speculative_tokens": num_guesses}
         given = {"speculative_config": speculative, "drafter": self.drafter} if num_guesses else {}
@@ -90,6 +92,7 @@ class History(RuleBasedStateMachine):
             block_size=None if kind == "contiguous" else 16,
             scheduling_policy="priority",
             **given,
+            **model,
         )
         self.deny = self.fail_model = self.fail_commit = 0
         self.injected = 0
@@ -139,6 +142,12 @@ class History(RuleBasedStateMachine):
         self.setup.engine.add(request)
         self.asked.append((request, (prompt, max_tokens, params)))
 
+    def _alone(self, prompt, max_tokens, params):
+        """A request that was made like this and had an engine to itself."""
+        request = Scripted.request("x", prompt, max_tokens=max_tokens, **params)
+        Scripted.setup(kv_cache="contiguous", **self.options).run(request)
+        return request
+
     @rule(num=st.integers(1, 12))
     def step(self, num):
         for _ in range(num):
@@ -181,8 +190,7 @@ class History(RuleBasedStateMachine):
         self.setup.run(Scripted.request("last", [1, 2, 3]))  # and all that is left
         assert not self.drafter.known
         for request, (prompt, max_tokens, params) in self.asked:
-            expected = Scripted.request("x", prompt, max_tokens=max_tokens, **params)
-            Scripted.setup(kv_cache="contiguous").run(expected)
+            expected = self._alone(prompt, max_tokens, params)
             generated = request.generated_token_ids
             if request.finish_reason == "abort" or (request.error and INJECTED in request.error):
                 assert expected.generated_token_ids[: len(generated)] == generated
@@ -212,7 +220,7 @@ def test_the_machine_can_see_a_mistake(monkeypatch):
 
     monkeypatch.setattr(scheduler.Scheduler, "finish", forget)
     machine = History()
-    machine.open("paged", 8, 40, True, 4)
+    machine.open("paged", 8, 40, True, 4, 0, {})
     machine.arrive([5] * 20, 20, 3, 4, {}, 0)
     with pytest.raises(AssertionError):
         machine.teardown()
