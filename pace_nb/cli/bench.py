@@ -95,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
         return bench_serve.run(options)
     if options.output_json is not None and not options.output_json.resolve().parent.is_dir():
         raise ConfigError(f"--output-json {options.output_json}: no such folder")
+    shared.check_plot(getattr(options, "plot", None))
     measure = {
         "latency": run_latency,
         "throughput": run_throughput,

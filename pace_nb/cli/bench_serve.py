@@ -151,6 +151,7 @@ def run(options: argparse.Namespace) -> int:
             f"--percentile-metrics {', '.join(sorted(unknown))}: expected some of "
             f"{', '.join(METRICS)}"
         )
+    shared.check_plot(options.plot)
     pairs = {**_pairs("--metadata", options.metadata)}
     headers = _pairs("--header", options.header)
     if (key := env.openai_api_key()) and "authorization" not in map(str.lower, headers):

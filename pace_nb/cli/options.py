@@ -128,19 +128,19 @@ def add_batching_arguments(parser: argparse.ArgumentParser) -> None:
         "-np",
         type=int,
         metavar="N",
-        help="requests that run at the same time",
+        help="requests that run at the same time (default: 32)",
     )
     add(
         "--max-num-batched-tokens",
         type=human_integer,
         metavar="N",
-        help="tokens of a step: first one for each that decodes, then prompts",
+        help="tokens of a step: first one for each that decodes, then prompts (default: 2048)",
     )
     add(
         "--long-prefill-token-threshold",
         type=human_integer,
         metavar="N",
-        help="most tokens of one prompt in a step",
+        help="most tokens of one prompt in a step (default: 0, no bound but the step's)",
     )
     add(
         "--enable-chunked-prefill",
@@ -150,13 +150,14 @@ def add_batching_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--scheduling-policy",
         choices=("fcfs", "priority"),
-        help="first come, first served, or by the requests' priority, lower values first",
+        help="first come, first served, or by the requests' priority, lower values first "
+        "(default: fcfs)",
     )
     add(
         "--kv-cache-memory-bytes",
         type=human_integer,
         metavar="BYTES",
-        help="size of the KV cache, such as 4G",
+        help="size of the KV cache, such as 4G (default: by what memory is free)",
     )
 
 
@@ -246,13 +247,33 @@ def at_least(least: int) -> Callable[[str], int]:
     """An argument's type: an integer from `least`."""
 
     def integer(text: str) -> int:
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
         if value < least:
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"expected an integer from {least}, got {text!r}")
         return value
 
-    integer.__name__ = f"integer from {least}"  # what argparse calls it in its complaint
     return integer
+
+
+def check_plot(path: Path | None) -> None:
+    """ConfigError where `--plot` could not be drawn: asked before a measurement, which would
+    otherwise be lost."""
+    if path is None:
+        return
+    if not path.resolve().parent.is_dir():
+        raise ConfigError(f"--plot {path}: no such folder")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            "--plot needs matplotlib, which is not installed: pip install 'pace-nb[bench]'"
+        ) from error
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in kinds:
+        raise ConfigError(f"--plot {path}: expected a name that ends in one of {', '.join(kinds)}")
 
 
 def set_threads(options: argparse.Namespace) -> None:

@@ -29,6 +29,23 @@ LIMITS = {
     "watchdog_timeout": "watchdog_timeout",
     "max_engine_restarts": "max_restarts",
 }
+LIMIT_HELP = {
+    "max_queued_requests": "requests that wait in each engine, beyond those that run",
+    "max_queued_tokens": "prompt tokens that wait in each engine",
+    "max_requests_per_client": "requests of one API key, or address, at a time",
+    "queue_timeout": "a request may wait for its first step",
+    "max_body_bytes": "of a request's body",
+    "max_header_bytes": "of a request's headers",
+    "header_timeout": "to send all headers of a request",
+    "body_timeout": "to send all of a body",
+    "send_timeout": "a client may leave an answer unread",
+    "keep_alive_timeout": "a connection may be silent between requests",
+    "keep_alive_interval": "between comments on a stream that has no news",
+    "max_connections": "open connections",
+    "shutdown_timeout": "for running requests to finish after SIGTERM or Ctrl-C",
+    "watchdog_timeout": "for a step of an engine; then it counts as stalled",
+    "max_restarts": "starts of a dead engine within an hour; then it stays down",
+}
 NO_DEFAULT = {
     "max_queued_requests": "4 x max_num_seqs",
     "max_queued_tokens": "4 x what the KV cache holds",
@@ -89,7 +106,8 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
             f"--{option.replace('_', '-')}",
             type=float if isinstance(default, float) else int,
             metavar="SECONDS" if isinstance(default, float) else "N",
-            help=f"default: {NO_DEFAULT[name] if default is None else default}",
+            help=f"{LIMIT_HELP[name]} "
+            f"(default: {NO_DEFAULT[name] if default is None else default})",
         )
 
 

@@ -56,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the report; 1 when a bound is broken."""
-    for name, path in (("--json", options.json), ("--plot", options.plot)):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise ConfigError(f"{name} {path}: no such folder")
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        raise ConfigError(f"--json {options.json}: no such folder")
+    shared.check_plot(options.plot)
     from pace_nb.kernels import jit
     from pace_nb.verify import report, verify
 

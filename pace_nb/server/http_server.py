@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -256,8 +257,9 @@ def listen(settings: Settings) -> list[socket.socket]:
     except OSError as error:
         for one in sockets:
             one.close()
+        other = "; --port N takes another one" if error.errno == errno.EADDRINUSE else ""
         raise ConfigError(
-            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}"
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}{other}"
         ) from error
     return sockets
 

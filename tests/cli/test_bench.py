@@ -77,9 +77,11 @@ def test_kernels(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["latency", "--batch-size", "0"], "--batch-size: invalid integer from 1 value: '0'"),
+        (["latency", "--batch-size", "0"], "--batch-size: expected an integer from 1, got '0'"),
         (["latency", "--input-len", "9999"], "together more than the longest sequence"),
         (["latency", "--output-json", "/nowhere/x.json"], "/nowhere/x.json: no such folder"),
+        (["latency", "--plot", "/nowhere/x.png"], "/nowhere/x.png: no such folder"),
+        (["kernels", "--plot", "x.nothing"], "x.nothing: expected a name that ends in one of"),
         (["kernels", "--kernels", "reference"], "expected --kernels numba"),
         (["kernels", "--threads", "100000"], "--threads"),
         (["nothing"], "invalid choice"),

@@ -226,3 +226,34 @@ def test_speculation_is_asked_for_in_json(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             parse("p", "--speculative-config", text)
         assert f"expected a JSON object, got {text!r}" in capsys.readouterr().err
+
+
+def test_the_defaults_in_help_are_those_of_the_engine():
+    parser = argparse.ArgumentParser()
+    shared.add_batching_arguments(parser)
+    text = " ".join(parser.format_help().split())
+    config = EngineConfig()
+    for default in (
+        f"at the same time (default: {config.max_num_seqs})",
+        f"then prompts (default: {config.max_num_batched_tokens})",
+        f"in a step (default: {config.long_prefill_token_threshold},",
+        f"(default: {'on' if config.enable_chunked_prefill else 'off'})",
+        f"(default: {config.scheduling_policy})",
+    ):
+        assert default in text
+
+
+# ---- a plot ----
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_beforehand(tmp_path, monkeypatch):
+    shared.check_plot(None)
+    shared.check_plot(tmp_path / "x.SVG")
+    shared.check_plot(tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"--plot .*x\.nothing: expected a name that ends in"):
+        shared.check_plot(tmp_path / "x.nothing")
+    with pytest.raises(ConfigError, match="no such folder"):
+        shared.check_plot(tmp_path / "none" / "x.svg")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"pip install 'pace-nb\[bench\]'"):
+        shared.check_plot(tmp_path / "x.svg")

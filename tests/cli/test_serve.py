@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
@@ -65,6 +66,14 @@ def test_every_limit_has_a_flag_that_sets_it(given):
     assert [getattr(limits, field) for field in serve.LIMITS.values()] == [
         *range(1, len(serve.LIMITS) + 1)
     ]
+
+
+def test_help_says_of_every_limit_what_it_bounds():
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    text = " ".join(parser.format_help().split())
+    for field in serve.LIMITS.values():
+        assert f"{serve.LIMIT_HELP[field]} (default: " in text
 
 
 def test_keys_from_three_places(given, tmp_path, monkeypatch):

@@ -57,7 +57,8 @@ def test_an_address_that_is_taken(start):
         code, line = fails(start("--port", str(port)))
     assert code == 2
     assert line == (
-        f"pace-nb: error: cannot listen on 127.0.0.1 port {port}: Address already in use"
+        f"pace-nb: error: cannot listen on 127.0.0.1 port {port}: Address already in use; "
+        "--port N takes another one"
     )
 
 
