@@ -83,7 +83,7 @@ def add_kind(kind: str, parser: argparse.ArgumentParser) -> None:
             "--plot", type=Path, metavar="FILE", help=f"draw the {what} (needs the extra bench)"
         )
     shared.add_model_arguments(parser)
-    shared.add_engine_arguments(parser)
+    shared.add_engine_arguments(parser, prefix_caching="off")
     if kind != "kernels":
         shared.add_batching_arguments(parser)
     parser.set_defaults(enable_prefix_caching=False)

@@ -62,8 +62,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, positional: bool = F
     add("--offline", action="store_true", help="use only what is already downloaded")
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the model is run."""
+def add_engine_arguments(
+    parser: argparse.ArgumentParser, *, prefix_caching: str = "on where paged"
+) -> None:
+    """How the model is run. `prefix_caching`: its default, in words."""
     add = parser.add_argument_group("engine").add_argument
     add(
         "--dtype",
@@ -108,7 +110,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
-        help="compute what prompts begin with in common only once (default: on where paged)",
+        help=f"compute what prompts begin with in common only once (default: {prefix_caching})",
     )
     add(
         "--speculative-config",
