@@ -81,15 +81,16 @@ def rope_kv_write_ref(
 def _rope_kv_write_kernel(
     q, q_row, q_head, q_weight, k, k_row, k_head, k_weight, v, v_row, v_head, eps, normed,
     positions, cos, sin, half, interleaved, queries, keys, pool_k, pool_v,
-    tokens, heads, kv_heads, d, dp, s, in_pool, units, longest, rows
+    tokens, heads, kv_heads, d, dp, s, in_pool, units, longest, rows, workers
 ):  # fmt: skip
-    # One unit of one head per task, as in kv_write.py, then a token's query heads of one key head.
+    # A thread has a share of the units' heads, as in kv_write.py, and one of the tokens' queries:
+    # dealt out as one row of tasks, which differ tenfold, they would all wait for the first thread.
     # On their way are `normed`, q's heads [T, H, D] and k's [T, KVH, D], empty without norms, and
     # `keys` [units, KVH, longest, D], rotated: a task reads what it wrote itself, row by row at
     # `D`, as rows of a token lie a power of two apart and would push each other out of L1.
     writes, group = units * kv_heads, heads // kv_heads
-    for task in prange(writes + tokens * kv_heads):
-        if task < writes:
+    for w in prange(workers):
+        for task in range(w * writes // workers, (w + 1) * writes // workers):
             i, h = task // kv_heads, task % kv_heads
             unit, slot, end, t = rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]
             own = task * longest
@@ -104,8 +105,8 @@ def _rope_kv_write_kernel(
             p = (h * in_pool + unit) * 16
             write_keys(keys, own * d, d, pool_k, p * d, slot, end, d, s)
             write_values(v, t * v_row + h * v_head, v_row, pool_v, p * dp, slot, end, d, dp, s)
-        else:
-            t, first = (task - writes) // kv_heads, (task - writes) % kv_heads * group
+        for task in range(w * tokens * kv_heads // workers, (w + 1) * tokens * kv_heads // workers):
+            t, first = task // kv_heads, task % kv_heads * group
             for h in range(first, first + group):
                 c0, x0, y0 = positions[t] * half, t * q_row + h * q_head, (t * heads + h) * d
                 x = q
@@ -181,5 +182,6 @@ def rope_kv_write(
             len(planned.rows),
             planned.longest,
             planned.rows.reshape(-1),
+            jit.num_threads(),
         )
     return queries
