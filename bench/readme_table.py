@@ -82,8 +82,10 @@ def render(results: Path) -> str:
         lines = [header, "|---|---|---:|---:|---:|", *lines, ""]
     tables = [peers_table(record) for record in read if "engines" in record]
     others = [compared_table(records, *kind) for kind in COMPARED]
-    facts = (f"- {circumstances(record)}" for record in records)
-    return "\n".join([*tables, *lines, *filter(None, others), *facts])
+    facts = [f"- {circumstances(record)}" for record in records]
+    summary = "<summary>Every kernel and shape, and on what each bench was run</summary>"
+    folded = ["<details>", summary, "", *lines, *facts, "", "</details>"]
+    return "\n".join([*tables, *filter(None, others), *(folded if lines else facts)])
 
 
 def compared_table(records: list[dict[str, Any]], bench: str, unit: str) -> str:

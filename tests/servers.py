@@ -78,9 +78,15 @@ class Server:
         return self
 
     def ready(self):
-        """Wait until it takes requests."""
+        """Wait until it takes requests; fails as soon as it has ended instead."""
         self.listening()
-        wait(lambda: self.get("/health").status == 200, READY_SECONDS, self.log)
+
+        def settled():
+            return self.process.poll() is not None or self.get("/health").status == 200
+
+        wait(settled, READY_SECONDS, self.log)
+        if self.process.poll() is not None:
+            pytest.fail(f"ended with {self.process.returncode}: {self.log()}")
         return self
 
     def stop(self, number=signal.SIGTERM, timeout=20):

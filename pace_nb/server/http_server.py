@@ -164,10 +164,17 @@ class HttpServer(uvicorn.Server):
             await self._service.stop()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, with room for more connections than are accepted in one go."""
+        """Listen, with room for more connections than are accepted in one go; then say where."""
         await super().startup(sockets)
-        for one in sockets or ():
+        if not sockets:
+            return
+        for one in sockets:
             one.listen(BACKLOG)
+        settings = self._service.settings
+        keys = f"{len(settings.api_keys)} API keys" if settings.api_keys else "no API key"
+        reach = "this machine only" if settings.is_local else "reachable by others"
+        name = settings.served_model_names[0]
+        _log.info("%s serves %s (%s, %s)", url(sockets), name, reach, keys)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

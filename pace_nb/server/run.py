@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import socket
 from pathlib import Path
 from typing import Literal
@@ -17,12 +16,10 @@ from pace_nb.errors import PaceError
 from pace_nb.server import logs
 from pace_nb.server.app import create_app
 from pace_nb.server.engine_client import EngineOptions
-from pace_nb.server.http_server import HttpServer, listen, url
+from pace_nb.server.http_server import HttpServer, listen
 from pace_nb.server.service import Service
 from pace_nb.server.settings import Settings
 from pace_nb.server.turns import new_event_loop
-
-_log = logging.getLogger(__name__)
 
 
 def run(
@@ -56,9 +53,6 @@ async def _serve(
     await service.start()
     server = HttpServer(create_app(service), service)
     gc.freeze()  # modules live for ever: a collection need not look at them, 20 ms each time
-    keys = f"{len(settings.api_keys)} API keys" if settings.api_keys else "no API key"
-    reach = "this machine only" if settings.is_local else "reachable by others"
-    _log.info("%s serves %s (%s, %s)", url(sockets), settings.served_model_names[0], reach, keys)
     await server.serve(sockets)
     if service.fatal is not None and server.exit_code == 2:
         raise PaceError(service.fatal)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import os
 import signal
 import socket
 import stat
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +34,40 @@ def closed_within(one, seconds):
     except ConnectionError:
         pass
     return True, data
+
+
+def test_it_says_where_it_serves_once_it_can_be_reached(caplog):
+    settings = Settings(port=0)
+    sockets = http_server.listen(settings)
+    port = sockets[0].getsockname()[1]
+    reached = []
+
+    async def app(scope, receive, send): ...
+
+    async def stop(): ...
+
+    class Reader(logging.Handler):
+        def emit(self, record):
+            if " serves " in record.getMessage():
+                socket.create_connection(("127.0.0.1", port)).close()
+                reached.append(record.getMessage())
+                server.should_exit = True
+
+    async def serve():
+        service.failed = asyncio.Event()
+        await asyncio.wait_for(server.serve(sockets), 10)
+
+    log, reader = logging.getLogger(http_server.__name__), Reader()
+    log.addHandler(reader)
+    try:
+        service = SimpleNamespace(settings=settings, stop=stop)
+        server = http_server.HttpServer(app, service)
+        with caplog.at_level("INFO", log.name):
+            asyncio.run(serve())
+    finally:
+        log.removeHandler(reader)
+    name = settings.served_model_names[0]
+    assert reached == [f"http://127.0.0.1:{port} serves {name} (this machine only, no API key)"]
 
 
 # ---- connections -------------------------------------------------------------------------------
