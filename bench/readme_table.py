@@ -85,7 +85,7 @@ def render(results: Path) -> str:
     facts = [f"- {circumstances(record)}" for record in records]
     summary = "<summary>Every kernel and shape, and on what each bench was run</summary>"
     folded = ["<details>", summary, "", *lines, *facts, "", "</details>"]
-    return "\n".join([*tables, *filter(None, others), *(folded if lines else facts)])
+    return "\n".join([*tables, *filter(None, others), *folded])
 
 
 def compared_table(records: list[dict[str, Any]], bench: str, unit: str) -> str:
