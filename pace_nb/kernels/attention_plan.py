@@ -126,6 +126,8 @@ def plan(
     tasks = num_splits * -(-query_lens // tokens)
     pieces = int(tasks[sequences].sum()) * kv_heads
     kept = pieces * rows if split_keys else 2 * workers * rows  # rows of m, l, o: see the kernels
+    # What is multiplied with keys and values; see tile_dot for why it may be wider than they are.
+    factor_dtype = pool.k.dtype if jit.WIDE else np.dtype(np.float32)
     sizes = np.zeros(NUM_SIZES, np.int64)
     sizes[:] = (
         in_pool, block_table.shape[1], units_per_block, kv_heads, group, d, padded,
@@ -148,7 +150,7 @@ def plan(
         memory.empty(kept, np.float32),
         memory.empty(kept * 16, np.float32),
         memory.empty(kept * padded, np.float32),
-        memory.empty(workers * (rows * d + PASS * KEY_BLOCK), pool.k.dtype),
+        memory.empty(workers * (rows * d + PASS * KEY_BLOCK), factor_dtype),
         memory.empty(workers * max(WORK, 32 + padded), np.float32),
         memory.empty(workers * WORDS, np.int64),
     )

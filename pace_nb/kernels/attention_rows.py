@@ -66,6 +66,7 @@ from pace_nb.kernels.lanes import (
     store_tail,
 )
 from pace_nb.kernels.tiles import (
+    NV,
     tile_dot,
     tile_dot_apart,
     tile_load,
@@ -78,6 +79,7 @@ from pace_nb.kernels.words import first_of_words, per_word, second_of_words
 
 # ---- constants -----------------------------------------------------------------------------------
 # Units of a key block: 6 rows x 4 vectors of scores, 4 of keys and 1 of q fill 29 registers of 32.
+# Where there are 16, tiles are 6 rows x 1 vector, of scores and of values.
 UNITS = 4
 KEY_BLOCK = UNITS * UNIT  # aligned at multiples of itself, so every row cuts its keys alike
 MR = 6  # rows of the largest tile; what is left over takes tiles of 4 and 1
@@ -177,7 +179,7 @@ def _score_tile(mr):
     def scores(q, q0, d, k, k0, asked, later, work, w0, tops):
         # work [mr, 64] at w0 = q [mr, D] at q0 . keys of a block, and their maxima at tops; unit j
         # [D/S, 16, S] begins at k0[j]. What is needed next are the units of `asked` at later[j].
-        s = per_word(q)
+        s = per_word(k)
         steps = d // s
         acc = tile_zeros(mr, 4)
         for j in range(4):
@@ -191,7 +193,22 @@ def _score_tile(mr):
         tile_store(acc, work, w0, KEY_BLOCK)
         store(work, tops, tile_row_maxima(acc))
 
-    return scores
+    @jit.device_fn
+    def scores_by_unit(q, q0, d, k, k0, asked, later, work, w0, tops):
+        # The same, with tiles of one unit.
+        s = per_word(k)
+        tops_so_far = splat(FLOOR)
+        for j in range(4):
+            acc, unit, ahead = tile_zeros(mr, 1), k0[j], later[j]
+            for x in range(d // s):
+                if asks:
+                    prefetch(asked, ahead + x * 16 * s)
+                acc = tile_dot(acc, q, q0 + x * s, d, k, unit + x * 16 * s, 0)
+            tile_store(acc, work, w0 + j * UNIT, KEY_BLOCK)
+            tops_so_far = maximum(tops_so_far, tile_row_maxima(acc))
+        store(work, tops, tops_so_far)
+
+    return scores if jit.WIDE or mr == 1 else scores_by_unit
 
 
 def _value_tile(nv, mr):
@@ -218,9 +235,13 @@ def _value_tile(nv, mr):
 
 
 _scores_6, _scores_4, _scores_1 = (_score_tile(mr) for mr in (MR, 4, 1))
-_add_6x64, _add_4x64, _add_1x64 = (_value_tile(4, mr) for mr in (MR, 4, 1))
-_add_2x128 = _value_tile(8, 2)  # for few rows: all lines of a word of 128 columns, in order
-_add_6x16, _add_1x16 = _value_tile(1, MR), _value_tile(1, 1)
+COLUMNS = 16 * NV  # of a tile of values
+_add_6, _add_4 = (_value_tile(NV, mr) for mr in (MR, 4))
+_add_6x16, _add_1x64, _add_1x16 = _value_tile(1, MR), _value_tile(4, 1), _value_tile(1, 1)
+# For four rows that wait for memory: all lines of a word of 128 columns in order, where two such
+# rows fit the registers.
+FEW_ROWS, FEW_COLUMNS = (2, 128) if jit.WIDE else (4, 16)
+_add_few = _value_tile(FEW_COLUMNS // 16, FEW_ROWS)
 
 
 @jit.device_fn
@@ -296,18 +317,18 @@ def _add_row_values(p, i, v, asked, dp, column, words, first, end, work, values,
 
 @jit.device_fn
 def _add_values(mr, p, i, v, dp, words, first, end, work, values, o0):
-    """All columns of the values: groups of 64, then of 16, as 6 rows of 16 keep the units busy."""
+    """All columns of the values: whole tiles, then 16, as 6 rows of 16 keep the units busy."""
     column = 0
     if mr == MR:
         column = dp
-        for c in range(0, dp // 64 * 64, 64):
-            _add_6x64(p, i, v, v, dp, c, words, first, end, work, values, o0)
-        for c in range(dp // 64 * 64, dp, 16):
+        for c in range(0, dp // COLUMNS * COLUMNS, COLUMNS):
+            _add_6(p, i, v, v, dp, c, words, first, end, work, values, o0)
+        for c in range(dp // COLUMNS * COLUMNS, dp, 16):
             _add_6x16(p, i, v, v, dp, c, words, first, end, work, values, o0)
     elif mr == 4:
-        column = dp // 64 * 64
-        for c in range(0, column, 64):
-            _add_4x64(p, i, v, v, dp, c, words, first, end, work, values, o0)
+        column = dp // COLUMNS * COLUMNS
+        for c in range(0, column, COLUMNS):
+            _add_4(p, i, v, v, dp, c, words, first, end, work, values, o0)
     for j in range(0 if column == dp else mr):
         at = o0 + j * dp
         _add_row_values(p, i + j, v, v, dp, column, words, first, end, work, values, at)
@@ -315,17 +336,17 @@ def _add_values(mr, p, i, v, dp, words, first, end, work, values, o0):
 
 @jit.device_fn
 def _add_few_values(mr, p, i, v, asked, dp, words, first, end, work, values, o0):
-    """As `_add_values` for 4 rows or 1, with 128 columns at once where there are so many."""
+    """As `_add_values` for 4 rows or 1, in the order of memory as far as registers go."""
     column = 0
     if mr == 4:
-        column = dp // 128 * 128
-        for c in range(0, column, 128):
-            for j in (0, 2):
+        column = dp // FEW_COLUMNS * FEW_COLUMNS
+        for c in range(0, column, FEW_COLUMNS):
+            for j in range(0, 4, FEW_ROWS):
                 at = o0 + j * dp
-                _add_2x128(p, i + j, v, asked, dp, c, words, first, end, work, values, at)
-        for c in range(column, dp // 64 * 64, 64):
-            _add_4x64(p, i, v, asked, dp, c, words, first, end, work, values, o0)
-        column = dp // 64 * 64
+                _add_few(p, i + j, v, asked, dp, c, words, first, end, work, values, at)
+        for c in range(column, dp // COLUMNS * COLUMNS, COLUMNS):
+            _add_4(p, i, v, asked, dp, c, words, first, end, work, values, o0)
+        column = dp // COLUMNS * COLUMNS
     for j in range(0 if column == dp else mr):
         at = o0 + j * dp
         _add_row_values(p, i + j, v, asked, dp, column, words, first, end, work, values, at)

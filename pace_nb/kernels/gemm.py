@@ -6,14 +6,14 @@
 |-------|--------------------|-----------|---------------------------------------------------------|
 | A     | [M, K]             | BF16, f32 | contiguous                                              |
 | W     | [N, K]             | BF16, f32 | as checkpoints hold it; packed once by `pack_weight`    |
-| data  | [N/64, K/S, 64, S] | BF16, f32 | panels of 64 columns; S = 2 for BF16 (pairs), 1 for f32 |
+| data  | [N/NR, K/S, NR, S] | BF16, f32 | panels of NR columns; S = 2 for BF16 (pairs), 1 for f32 |
 | bias  | [N]                | f32, None | contiguous                                              |
 | C     | [M, N]             | f32       | contiguous, allocated or given as `out`                 |
 
-In `data` N is padded to 64 and K to S with zeros.
+NR is 64 with AVX-512 and 16 without. In `data` N is padded to NR and K to S with zeros.
 Moves: N K size(W) + M K size(A) + 4 M N bytes.
 Does: 2 M N K FLOPs. M = 1 is bound by reading W from DRAM, large M by the dot-product units
-    (`vdpbf16ps`: 64 FLOPs an instruction).
+    (`vdpbf16ps`: 64 FLOPs an instruction; elsewhere a pair is two fused multiply-adds).
 Order: one f32 accumulator per element of C, from the bias on, k ascending (within a BF16 pair
     k + 1 before k, as `vdpbf16ps` does). It depends neither on M nor on the row's place in the
     batch, on blocking (between K blocks the accumulator waits in C, exactly) or on threads: a row's
@@ -53,31 +53,45 @@ from pace_nb.kernels.arrays import (
 from pace_nb.kernels.bf16 import narrow, widen
 from pace_nb.kernels.lanes import prefetch, prefetch_once
 from pace_nb.kernels.memory import zeros
-from pace_nb.kernels.tiles import tile_dot, tile_load_tail, tile_store_tail, tile_zeros
+from pace_nb.kernels.tiles import NV, tile_dot, tile_load_tail, tile_store_tail, tile_zeros
 from pace_nb.kernels.words import per_word
 
 # ---- constants -----------------------------------------------------------------------------------
-NR = 64  # columns of a panel: one cache line of pairs per vector, four vectors per step of k
-NV = 4  # vectors of a panel
-MR = 6  # rows of a tile: 6 x 4 accumulators, 4 vectors of W and 1 of A fill 29 of the 32 registers
-# So many rows are one tile, too. It does not fit the registers, but DRAM, for which it waits, is
-# slower than spilling; a second pass over the panel, from L2, would leave DRAM idle (ledger: gemm).
-TALL = 8
-UNEVEN = (3, 5, 7)  # rows that are one tile if there is one more, and two or three if not
+# 32 registers of 512 bits: panels of 64 columns, one cache line of pairs per vector, four vectors
+# per step of k. A tile of 6 x 4 accumulators, 4 vectors of W and 1 of A fills 29 registers. So many
+# rows as TALL are one tile, too. It does not fit, but DRAM, for which it waits, is slower than
+# spilling; a second pass over the panel, from L2, would leave DRAM idle (ledger: gemm). A panel's
+# block of KC is 256 KiB in BF16, a quarter of L2; read M / MR times. There is no other blocking.
+# 16 registers (AVX2): panels of 16 columns, of two registers each. A tile of 6 x 2 accumulators, 2
+# halves of W and 1 of A fills 15. A panel's block of KC is 32 KiB in BF16; MC rows of A, 384 KiB,
+# stay in L2 while GROUP panels, 128 columns, meet them. One row, or two, take 4 or 2 panels SIDE by
+# side: 8 accumulators keep the units busy, and so many streams read DRAM a third faster than one.
+NR = 16 * NV  # columns of a panel: what six rows of it fit into the registers
+MR = 6  # rows of a tile
+TALL = 8 if jit.WIDE else MR
+KC = 2048 if jit.WIDE else 1024  # k per block
+MC = 1 << 30 if jit.WIDE else 96  # rows per block, in whole tiles
+TAIL = 8  # rows that are no block of their own: how they are cut into tiles is for the end of M
+GROUP = 1 if jit.WIDE else 8  # panels per task
+SIDE = 0 if jit.WIDE else 4  # rows times panels side by side; 0: never
+# Rows that are one tile if there is one more, and two or three if not. With 16 registers every
+# number that is not even is one, as a tile of a row or two takes as long as one of four.
+UNEVEN = (3, 5, 7)
 # Steps of k that a panel read once is asked for in advance: 4 KiB, where the hardware's prefetcher,
 # which stops at the end of a page, has not gone yet.
-AHEAD = 16
-KC = 2048  # k per block: a panel's block is 256 KiB in BF16, a quarter of L2; read M / MR times
+AHEAD = 1024 // NR
 # While a block meets its last rows, the next one is asked for, so that its first rows find it in
 # L2: DRAM would feed them four times slower than they compute. Earlier, A would push it out again.
 # (With 9 to 11 rows, in tiles of 6, 2 and 1, some lines are left to the hardware's prefetcher.)
 ASKING = 48
+LINES = NR // 16  # of a panel, in a step of k
+AT_ONCE = min(LINES, 2)  # lines that are asked for in a step
 FRACTION = 16  # bits below the point in how much of the next block has been asked for
 ONCE = -1  # a rate of asking: nobody reads this block again, and it is asked for step by step
 
 
 class PackedWeight(NamedTuple):
-    """A weight as the kernels read it: `data` flat, [N/64, K/S, 64, S]; n, k as before padding."""
+    """A weight as the kernels read it: `data` flat, [N/NR, K/S, NR, S]; n, k as before padding."""
 
     data: Array
     n: int
@@ -92,7 +106,7 @@ def gemm_ref(x: Array, w: Array, bias: Array | None = None) -> Array:
 
 
 def pack_weights_ref(parts: Sequence[Array]) -> Array:
-    """[N0, K], [N1, K], .. stacked to [N, K] -> flat [N/64, K/S, 64, S], zero where padded."""
+    """[N0, K], [N1, K], .. stacked to [N, K] -> flat [N/NR, K/S, NR, S], zero where padded."""
     w = np.concatenate(parts)
     n, k = w.shape
     step = _step(w)
@@ -135,30 +149,49 @@ def packed_size(n: int, k: int, dtype: DTypeLike) -> int:
 
 
 # ---- one row tile against one panel --------------------------------------------------------------
-def _row_tile(mr):
-    """The device function for `mr` rows; every size is its own type of tile, held in registers."""
+def _dot(mr):
+    """The device function for one step along k of a tile of `mr` rows of `operand`."""
 
     @jit.device_fn
-    def rows(a, a0, lda, b, b0, steps, ask0, rate, begun, begin, g0, ldg, c, c0, ldc, columns):
-        # a [mr, steps * S] at a0; b [steps, 64, S] at b0; c [mr, columns] at c0. It begins with
-        # begin [mr, columns] at g0 if begun: c itself, or the bias, for which ldg is 0.
-        s = per_word(a)
+    def dot(acc, a, a0, word, k, b, at):
+        s = per_word(b)
+        return tile_dot(acc, a, a0 + word * s, k, b, at, 16 * s)
+
+    @jit.device_fn
+    def packed_dot(acc, a, a0, word, k, b, at):
+        s = per_word(b)
+        return tile_dot(acc, a, a0 + word * s * mr, 1, b, at, 16 * s, mr)
+
+    return dot if jit.WIDE else packed_dot
+
+
+def _row_tile(mr):
+    """The device function for `mr` rows; every size is its own type of tile, held in registers."""
+    dot = _dot(mr)
+
+    @jit.device_fn
+    def rows(a, a0, first, k, b, b0, steps, after, ask0, rate, begun, begin, g0, ldg, c, c0, ldc, n):
+        # c [mr, n] at c0, of a [mr, k] at a0, from word `first` on, and b [steps, NR, S] at b0. It
+        # begins with begin [mr, n] at g0 if begun: c itself, or the bias, for which ldg is 0. The
+        # block of b that comes next begins at `after`.
+        s = per_word(b)
         acc = tile_zeros(mr, NV)
         if begun:
-            acc = tile_load_tail(mr, NV, begin, g0, ldg, columns)
-        following, asked = b0 + steps * NR * s, ask0
+            acc = tile_load_tail(mr, NV, begin, g0, ldg, n)
+        asked = ask0
         for p in range(steps):
             at = b0 + p * NR * s
             if rate == ONCE:
-                for v in range(NV):
-                    prefetch_once(b, at + (AHEAD * NR + v * 16) * s)
+                for line in range(LINES):
+                    prefetch_once(b, at + (AHEAD * NR + line * 16) * s)
             else:
-                pair = following + (asked >> FRACTION) * 32 * s
-                prefetch(b, pair)
-                prefetch(b, pair + 16 * s)
+                line = after + (asked >> FRACTION) * AT_ONCE * 16 * s
+                prefetch(b, line)
+                if AT_ONCE == 2:
+                    prefetch(b, line + 16 * s)
                 asked += mr * rate
-            acc = tile_dot(acc, a, a0 + p * s, lda, b, at, 16 * s)
-        tile_store_tail(acc, c, c0, ldc, columns)
+            acc = dot(acc, a, a0, first + p, k, b, at)
+        tile_store_tail(acc, c, c0, ldc, n)
 
     return rows
 
@@ -178,40 +211,139 @@ def _row_tiles(heights):
     return rows
 
 
-_rows = _row_tiles((TALL, MR, 4, 2, 1))
+_rows = _row_tiles((TALL, MR, 4, 2, 1) if TALL > MR else (MR, 4, 2, 1))
+
+
+def _side_tile(mr):
+    """The device function for `mr` rows and all of k, of SIDE / mr panels."""
+    side = SIDE // mr
+
+    @jit.device_fn
+    def rows(a, a0, b, b0, steps, bias, column, c, c0, ldc, n):
+        s = per_word(b)
+        acc = tile_zeros(mr, side)
+        if bias.size:
+            acc = tile_load_tail(mr, side, bias, column, 0, n)
+        for p in range(steps):
+            at, apart = b0 + p * NR * s, steps * NR * s
+            acc = tile_dot(acc, a, a0 + p * s * mr, 1, b, at, apart, mr)
+        tile_store_tail(acc, c, c0, ldc, n)
+
+    return rows
+
+
+if SIDE:
+    _side_1, _side_2 = _side_tile(1), _side_tile(2)
+
+    @jit.device_fn
+    def _side_by_side(a, a0, b, j, count, bias, column, c, c0, ldc, m, steps, columns):
+        """As `panels`, for as many of the panels as are whole sides; returns how many."""
+        s, g = per_word(b), 0
+        while m * (count - g) >= SIDE and m <= 2:
+            b0, at, n = (j + g) * steps * NR * s, c0 + g * NR, columns - g * NR
+            if m == 1:
+                _side_1(a, a0, b, b0, steps, bias, column + g * NR, c, at, ldc, min(n, SIDE * NR))
+            else:
+                _side_2(a, a0, b, b0, steps, bias, column + g * NR, c, at, ldc, min(n, 2 * NR))
+            g += SIDE // m
+        return g
+
+else:
+
+    @jit.device_fn
+    def _side_by_side(a, a0, b, j, count, bias, column, c, c0, ldc, m, steps, columns):
+        return 0
 
 
 @jit.device_fn
-def panel(a, a0, b, j, bias, column, c, c0, ldc, m, k, columns):
-    """c [m, columns] at c0 = bias[column:] + a [m, k] at a0 times panel j of b.
+def _height(left, m):
+    """Rows of the next tile, at most, of m of which so many are left."""
+    if TALL > MR:
+        return min(left, TALL if m == TALL else MR)
+    return 4 if left == 8 else left  # a tile of two rows is no faster than one of four
 
-    k is a multiple of S, and bias, unless empty, holds whole panels: the caller pads both.
+
+@jit.device_fn
+def panels(a, a0, b, j, count, bias, column, c, c0, ldc, m, k, columns):
+    """c [m, columns] at c0 = bias[column:] + a [m, k] at a0 times panels j .. j + count of b.
+
+    a is of `operand`. k is a multiple of S, and bias, unless empty, holds whole panels: the caller
+    pads both.
     """
-    s = per_word(a)
+    s = per_word(b)
     steps = (k + s - 1) // s
-    tall = TALL if m == TALL else MR
-    # Rows, in whole tiles from the first to the last, in step with which the next block is asked
-    # for: at each step of k the next pair of lines, and 2 pairs are a step of k.
-    asking = min(m, ASKING + (m - ASKING) % MR)
-    rate = ONCE if m <= TALL else (2 << FRACTION) // asking
+    g0 = _side_by_side(a, a0, b, j, count, bias, column, c, c0, ldc, m, steps, columns)
     for p in range(0, steps, KC // s):
         n, begun = min(KC // s, steps - p), p > 0 or bias.size > 0
-        begin, g0, ldg = (c, c0, ldc) if p else (bias, column, 0)
-        at, bt, i = a0 + p * s, (j * steps + p) * NR * s, 0
-        while i < m:
-            late = i - (m - asking)
-            ask0, ask = (late * n * rate, rate) if late >= 0 else (0, 0)
-            left, ai, gi, ci = min(tall, m - i), at + i * k, g0 + i * ldg, c0 + i * ldc
-            i += _rows(
-                left, a, ai, k, b, bt, n, ask0, ask, begun, begin, gi, ldg, c, ci, ldc, columns
-            )
+        row0 = 0
+        while row0 < m:
+            rows = MC if m - row0 >= MC + TAIL else m - row0
+            # Rows, in whole tiles from the first to the last, in step with which the next block is
+            # asked for: at each step of k the next lines, LINES for each step of it.
+            asking = min(rows, ASKING + (rows - ASKING) % MR)
+            rate = ONCE if m <= TALL else (LINES << FRACTION) // (AT_ONCE * asking)
+            for g in range(g0, count):
+                if g + 1 < count:
+                    after = (j + g + 1) * steps + p
+                else:
+                    after = j * steps + p + n if p + n < steps else (j + count) * steps
+                bt, after, columns_left = ((j + g) * steps + p) * NR * s, after * NR * s, columns - g * NR
+                cg, i = c0 + g * NR, row0
+                begin, begin0, ldg = (c, cg, ldc) if p else (bias, column + g * NR, 0)
+                while i < row0 + rows:
+                    late = i - row0 - (rows - asking)
+                    ask0, ask = (late * n * rate, rate) if late >= 0 else (0, 0)
+                    i += _rows(
+                        _height(row0 + rows - i, m), a, a0 + i * k, p, k, b, bt, n, after, ask0, ask,
+                        begun, begin, begin0 + i * ldg, ldg, c, cg + i * ldc, ldc, min(NR, columns_left),
+                    )  # fmt: skip
+            row0 += rows
 
 
 # ---- kernels -------------------------------------------------------------------------------------
+def _pack_tile(mr):
+    """The device function that packs a tile of `mr` rows: y [k, mr] at y0 = x [mr, k] at x0."""
+
+    @jit.device_fn
+    def pack(x, x0, k, shift, y, y0):
+        for i in range(k):
+            for r in range(mr):
+                y[y0 + i * mr + r] = np.uint32(x[x0 + r * k + i]) << shift
+
+    return pack
+
+
+_pack_6, _pack_4, _pack_2, _pack_1 = (_pack_tile(mr) for mr in (6, 4, 2, 1))
+
+
+@jit.kernel
+def _pack_operand_kernel(x, shift, y, offsets, k, shares):
+    """Rows of each segment as tiles, one after the other, each [K, rows of it]: float32's bits."""
+    for task in prange((len(offsets) - 1) * shares):  # a share of the tiles of a segment per task
+        e, share = task // shares, task % shares
+        m, i, turn = offsets[e + 1] - offsets[e], 0, 0
+        while i < m:
+            rows, at = _height(m - i, m), (offsets[e] + i) * k
+            mr = 6 if rows >= 6 else 4 if rows >= 4 else 2 if rows >= 2 else 1
+            if turn % shares == share:
+                if mr == 6:
+                    _pack_6(x, at, k, shift, y, at)
+                elif mr == 4:
+                    _pack_4(x, at, k, shift, y, at)
+                elif mr == 2:
+                    _pack_2(x, at, k, shift, y, at)
+                else:
+                    _pack_1(x, at, k, shift, y, at)
+            i, turn = i + mr, turn + 1
+
+
 @jit.kernel
 def _gemm_kernel(a, b, bias, c, m, n, k):
-    for j in prange((n + NR - 1) // NR):  # one panel of columns per task; columns are independent
-        panel(a, 0, b, j, bias, j * NR, c, j * NR, n, m, k, min(NR, n - j * NR))
+    # One group of panels of columns per task; columns are independent.
+    for g in prange((n + GROUP * NR - 1) // (GROUP * NR)):
+        j = g * GROUP
+        count = min(GROUP, (n + NR - 1) // NR - j)
+        panels(a, 0, b, j, count, bias, j * NR, c, j * NR, n, m, k, n - j * NR)
 
 
 @jit.kernel
@@ -360,7 +492,7 @@ def gemm(
         bias = NOTHING
     elif n_pad:
         bias = np.pad(bias, (0, n_pad))
-    a, m_pad, k = padded(x)
+    a, m_pad, k = operand(x)
     c = np.empty((m + m_pad, n), np.float32) if out is None or m_pad else out
     bias = np.ascontiguousarray(bias)
     with jit.threads_for(weight.data.nbytes * -(-m // MR)):
@@ -370,13 +502,29 @@ def gemm(
     return _put(c[:m], out) if m_pad else out
 
 
-def padded(x: Array) -> tuple[Array, int, int]:
-    """(x [M, K] flat, rows of zeros added, K), with a row more where M is uneven and a column where
-    K is an odd number of BF16: the last pair needs its zero."""
-    m_pad, k_pad = int(len(x) in UNEVEN), -x.shape[1] % _step(x)
+def operand(x: Array, offsets: Array | None = None) -> tuple[Array, int, int]:
+    """x [M, K] as `panels` reads it: (flat, rows of zeros added, K).
+
+    With a row more where M is UNEVEN and a column where K is an odd number of BF16: the last pair
+    needs its zero. Where there are 16 registers, float32 and packed in tiles of rows; offsets int64
+    [segments + 1] are then where the rows of each call of `panels` begin, None for one of all rows.
+    """
+    uneven = len(x) in UNEVEN if jit.WIDE else len(x) > 1 and len(x) % 2
+    m_pad, k_pad = int(uneven and offsets is None), -x.shape[1] % _step(x)
     if m_pad or k_pad:
         x = np.pad(x, ((0, m_pad), (0, k_pad)))
-    return np.ascontiguousarray(x).reshape(-1), m_pad, x.shape[1]
+    (m, k), x = x.shape, np.ascontiguousarray(x).reshape(-1)
+    if jit.WIDE:
+        return x, m_pad, k
+    if offsets is None:
+        offsets = np.array([0, m])
+    packed = np.empty(m * k, np.float32)
+    shift = 16 * (_step(x) - 1)
+    bits = x if shift else x.view(np.uint32)
+    with jit.threads_for(packed.nbytes):
+        shares = jit.num_threads()
+        _pack_operand_kernel(bits, shift, packed.view(np.uint32), offsets, k, shares)
+    return packed, m_pad, k
 
 
 def _put(values: Array, out: Array) -> Array:

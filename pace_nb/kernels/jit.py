@@ -181,6 +181,11 @@ def isa_path() -> str:
     return f"{width} vectors, BF16 by shift + f32 {fused} (no avx512bf16)"
 
 
+# Are there 32 registers of 512 bits? Elsewhere there are 16, narrower ones, and tiles are smaller.
+# Interpreted kernels have the tiles of the larger machine.
+WIDE: bool = INTERPRETED or "avx512f" in cpu_features()
+
+
 # ---- compiled or reference -----------------------------------------------------------------------
 Mode = Literal["numba", "reference"]
 _mode: ContextVar[Mode] = ContextVar("pace_nb_kernels", default="numba")

@@ -9,7 +9,8 @@
 | buffer | [n]   | BF16, f32 | contiguous; pages touched beforehand  |
 
 Moves: flop_peak nothing, dram_read_rate n size bytes, copy_rate 2 n size bytes.
-Does: flop_peak 24 dot products a turn (BF16 64 FLOPs each, f32 32); the others none that count.
+Does: flop_peak a dot product per vector of a tile a turn (BF16 64 FLOPs each, f32 32); the others
+    none that count.
 Error: `stream_sum` adds in f32, n 2^-24 relative; the rest are measurements, best of several,
     because noise only slows.
 Cautions: DRAM's rate depends on the pages a buffer got and on how many streams a thread keeps, so
@@ -33,9 +34,9 @@ from pace_nb.kernels import jit
 from pace_nb.kernels.arrays import STORAGE, Array, require
 from pace_nb.kernels.bf16 import widen
 from pace_nb.kernels.lanes import load, reduce_add, splat, store
-from pace_nb.kernels.tiles import tile_dot, tile_store, tile_zeros
+from pace_nb.kernels.tiles import NV, tile_dot, tile_store, tile_zeros
 
-TURNS = 1 << 18  # turns of one measurement, 24 dot products each: about 1 ms
+TURNS = 1 << 18  # turns of one measurement, a tile of dot products each: about 1 ms
 STREAMED = 1 << 28  # bytes that `dram_read_rate` reads by default: eight times a 32 MiB L3
 
 
@@ -46,10 +47,10 @@ def stream_sum_ref(buffer: Array) -> float:
 
 @jit.device_fn
 def _dot_turns(a, b, c, t, turns):
-    acc = tile_zeros(6, 4)
+    acc = tile_zeros(6, NV)
     for _ in range(turns):
         acc = tile_dot(acc, a, 0, 0, b, 0, 64 // b.itemsize)  # they stay in registers
-    tile_store(acc, c, t * 6 * 64, 64)
+    tile_store(acc, c, t * 6 * 16 * NV, 16 * NV)
 
 
 @jit.kernel
@@ -101,11 +102,16 @@ class Probe(NamedTuple):
 
 
 def flop_probe(dtype: DTypeLike = np.uint16) -> Probe:
-    """Dot products on registers, all threads: BF16 (uint16) by vdpbf16ps, or float32 by fma."""
+    """Dot products on registers, all threads: BF16 (uint16) by vdpbf16ps, or float32 by fma.
+
+    Where there is no vdpbf16ps a product of BF16 is two of float32, whose peak is then the answer.
+    """
+    if not jit.WIDE:
+        dtype = np.float32
     threads = jit.num_threads()
     a, b = np.zeros(2, dtype), np.zeros(128, dtype)
-    c = np.empty(threads * 6 * 64, np.float32)
-    flops = threads * TURNS * 24 * (64 if a.dtype == np.uint16 else 32)
+    c = np.empty(threads * 6 * 16 * NV, np.float32)
+    flops = threads * TURNS * 6 * NV * (64 if a.dtype == np.uint16 else 32)
     return Probe(lambda: _dot_turns_kernel(a, b, c, threads, TURNS), flops)
 
 

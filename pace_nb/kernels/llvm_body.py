@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.ir import instructions
 from numba import types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer, infer_global
@@ -235,18 +236,44 @@ def emit_store_first(ctx: Any, bld: ir.IRBuilder, pointer: Any, v: Any, n: Any) 
     _copy_lanes(bld, bld.bitcast(buffer, scalar), bld.bitcast(pointer, scalar), n)
 
 
-def emit_dot_pairs(ctx: Any, bld: ir.IRBuilder, acc: Any, a: Any, b: Any) -> Any:
-    """`words.dot_pairs`, with vdpbf16ps where the machine has it.
+class _VolatileLoad(instructions.LoadInstr):  # type: ignore[misc]
+    """llvmlite cannot say volatile."""
 
-    LLVM aborts the process on it elsewhere, so ask first.
-    """
-    if has(ctx, "avx512f", "avx512bf16"):
+    def descr(self, buf: list[str]) -> None:
+        start = len(buf)
+        super().descr(buf)
+        buf[start] = buf[start].replace("load ", "load volatile ", 1)
+
+
+def emit_load_here(bld: ir.IRBuilder, pointer: Any, align: int) -> Any:
+    """A load that LLVM neither moves up nor replaces by a register that holds the same bytes."""
+    bld.fence("seq_cst", "singlethread")  # no instruction
+    load = _VolatileLoad(bld.block, pointer)
+    load.align = align
+    bld._insert(load)
+    return load
+
+
+def emit_odd(bld: ir.IRBuilder, pairs: Any) -> Any:
+    """The odd element of each pair, as f32x16."""
+    return bld.bitcast(bld.and_(pairs, i32_constant(-65536)), F32X16)
+
+
+def emit_even(bld: ir.IRBuilder, pairs: Any) -> Any:
+    """The even element of each pair, as f32x16."""
+    return bld.bitcast(bld.shl(pairs, i32_constant(16)), F32X16)
+
+
+def has_dot_pairs(ctx: Any) -> bool:
+    """Is there vdpbf16ps? LLVM aborts the process on it elsewhere."""
+    return has(ctx, "avx512f", "avx512bf16")
+
+
+def emit_dot_pairs(ctx: Any, bld: ir.IRBuilder, acc: Any, a: Any, b: Any) -> Any:
+    """`words.dot_pairs`, with vdpbf16ps where the machine has it."""
+    if has_dot_pairs(ctx):
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
         return emit_call(bld, name, F32X16, acc, bld.bitcast(a, BF16X32), bld.bitcast(b, BF16X32))
-    upper = i32_constant(-65536)
-    for half in ("upper", "lower"):
-        x, y = (
-            bld.and_(v, upper) if half == "upper" else bld.shl(v, i32_constant(16)) for v in (a, b)
-        )
-        acc = emit_fma(ctx, bld, bld.bitcast(x, F32X16), bld.bitcast(y, F32X16), acc)
+    for half in (emit_odd, emit_even):
+        acc = emit_fma(ctx, bld, half(bld, a), half(bld, b), acc)
     return acc

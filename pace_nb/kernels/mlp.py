@@ -6,11 +6,11 @@
 | Array | Shape            | Type      | Layout                                                    |
 |-------|------------------|-----------|-----------------------------------------------------------|
 | X     | [M, K]           | BF16, f32 | contiguous                                                |
-| data  | [F/64, P, panel] | BF16, f32 | `gemm.py`'s panels; P = 2: of Wg and Wu in turn; else 1   |
-| bias  | [F/64, P, 64]    | f32       | as data; or empty                                         |
+| data  | [F/NR, P, panel] | BF16, f32 | `gemm.py`'s panels; P = 2: of Wg and Wu in turn; else 1   |
+| bias  | [F/NR, P, NR]    | f32       | as data; or empty                                         |
 | H     | [M, F]           | BF16, f32 | contiguous, allocated or given as `out`                   |
 
-Moves: P F K size(W) + M K size(X) + M F size(H) bytes. G and U exist for one panel at a time, 64
+Moves: P F K size(W) + M K size(X) + M F size(H) bytes. G and U exist for one panel at a time, NR
     columns each, in L2: as arrays of their own they were new pages for every 256 tokens, cleared by
     the system while the product ran (docs/LOG.md).
 Does: 2 P M F K FLOPs and an activation per element of H.
@@ -44,7 +44,7 @@ from pace_nb.kernels.activation import (
 )
 from pace_nb.kernels.arrays import NOTHING, Array, require, writable
 from pace_nb.kernels.bf16 import narrow
-from pace_nb.kernels.gemm import NR, PackedWeight, gemm_ref, panel
+from pace_nb.kernels.gemm import GROUP, NR, PackedWeight, gemm_ref, panels
 
 GATE_AND_UP = 2
 
@@ -52,7 +52,7 @@ GATE_AND_UP = 2
 class MLPWeight(NamedTuple):
     """Wg [F, K] (P = 1), or Wg and Wu (P = 2), and their biases, as the kernel reads them."""
 
-    panels: PackedWeight  # n = P F, F padded to 64
+    panels: PackedWeight  # n = P F, F padded to NR
     bias: Array  # f32, flat; empty for none
     parts: int
     n: int  # F
@@ -77,19 +77,25 @@ def mlp_ref(
 # ---- kernel --------------------------------------------------------------------------------------
 @jit.kernel
 def _mlp_kernel(a, b, bias, kind, parts, h, work, workers, m, f, k):
-    panels, size = (f + NR - 1) // NR, len(work) // workers
-    for w in prange(workers):  # panels are independent: each thread has a stretch of them
-        own = work[w * size : w * size + size]  # [m, parts * 64]
-        for j in range(w * panels // workers, (w + 1) * panels // workers):
-            n = min(NR, f - j * NR)
-            for part in range(parts):
-                i = j * parts + part
-                panel(a, 0, b, i, bias, i * NR, own, part * NR, parts * NR, m, k, NR)
-            for i in range(m):
-                if parts == GATE_AND_UP:
-                    gated_row(own, i * 2 * NR, i * 2 * NR + NR, kind, h, i * f + j * NR, n)
-                else:
-                    act_row(own, i * NR, kind, h, i * f + j * NR, n)
+    size, count, each = len(work) // workers, (f + NR - 1) // NR, max(GROUP // parts, 1)
+    turns = (count + each - 1) // each
+    for w in prange(workers):  # panels of F are independent: each thread has a stretch of them
+        own = work[w * size : w * size + size]  # [m, each * parts * NR]
+        width = each * parts * NR
+        for turn in range(w * turns // workers, (w + 1) * turns // workers):
+            first = turn * each
+            end = min(first + each, count)
+            for i in range(first * parts, end * parts, GROUP):
+                now, at = min(GROUP, end * parts - i), (i - first * parts) * NR
+                panels(a, 0, b, i, now, bias, i * NR, own, at, width, m, k, now * NR)
+            for j in range(first, end):
+                n, at = min(NR, f - j * NR), (j - first) * parts * NR
+                for i in range(m):
+                    x0, h0 = i * width + at, i * f + j * NR
+                    if parts == GATE_AND_UP:
+                        gated_row(own, x0, x0 + NR, kind, h, h0, n)
+                    else:
+                        act_row(own, x0, kind, h, h0, n)
 
 
 # ---- public wrappers -----------------------------------------------------------------------------
@@ -163,12 +169,12 @@ def mlp(x: Array, weight: MLPWeight, kind: str, out: Array | None = None) -> Arr
         weights, biases = unpack_mlp_weight(weight)
         out[...] = narrow(mlp_ref(x, weights, kind, biases), dtype)
         return out
-    a, m_pad, k = gemm.padded(x)
+    a, m_pad, k = gemm.operand(x)
     m = len(x) + m_pad
     h = np.empty((m, n), dtype) if m_pad else out
     with jit.threads_for(panels.data.nbytes * -(-m // gemm.MR)):
         workers = jit.num_threads()
-        work = np.empty(workers * m * weight.parts * NR, np.float32)
+        work = np.empty(workers * m * max(weight.parts, GROUP) * NR, np.float32)
         _mlp_kernel(
             a,
             panels.data,

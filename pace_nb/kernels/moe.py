@@ -46,12 +46,14 @@ from pace_nb.kernels.arrays import (
 )
 from pace_nb.kernels.bf16 import narrow, widen
 from pace_nb.kernels.gemm import (
+    GROUP,
     NR,
     PackedWeight,
     gemm_ref,
+    operand,
     pack_weight,
     packed_size,
-    panel,
+    panels,
     unpack_weight,
 )
 from pace_nb.kernels.lanes import fma, load, load_tail, splat, store, store_tail
@@ -106,13 +108,17 @@ def sort_by_expert(chosen: Array, num_experts: int) -> tuple[Array, Array, Array
 
 # ---- kernels -------------------------------------------------------------------------------------
 @jit.kernel
-def _grouped_gemm_kernel(a, b, busy, offsets, bias, c, n, k, panels):
-    for task in prange(len(busy) * panels):  # one panel of one expert that has rows per task
-        e, j = busy[task // panels], task % panels
+def _grouped_gemm_kernel(a, b, busy, offsets, bias, c, n, k):
+    count = (n + NR - 1) // NR
+    groups = (count + GROUP - 1) // GROUP
+    for task in prange(len(busy) * groups):  # a group of panels of an expert that has rows per task
+        e, j = busy[task // groups], task % groups * GROUP
         row, m = offsets[e], offsets[e + 1] - offsets[e]
-        column = e * panels * NR + j * NR
+        first, now = e * count + j, min(GROUP, count - j)
         at = row * n + j * NR
-        panel(a, row * k, b, e * panels + j, bias, column, c, at, n, m, k, min(NR, n - j * NR))
+        panels(
+            a, row * k, b, first, now, bias, first * NR, c, at, n, m, k, n - j * NR
+        )  # fmt: skip
 
 
 @jit.device_fn
@@ -160,11 +166,11 @@ def check_offsets(kernel: str, offsets: Array, num_experts: int, rows: int) -> N
         raise ValueError(f"{kernel}: offsets must ascend from 0 to {rows}, found {offsets}")
 
 
-def pad_bias(bias: Array | None) -> Array:
-    """bias [X, N], each expert's padded to whole panels, flat; empty for None."""
+def pad_bias(bias: Array | None, columns: int) -> Array:
+    """bias [X, N], each expert's padded to whole panels of so many columns, flat; empty for None."""
     if bias is None:
         return NOTHING
-    return np.pad(bias, ((0, 0), (0, -bias.shape[1] % NR))).reshape(-1)
+    return np.pad(bias, ((0, 0), (0, -bias.shape[1] % columns))).reshape(-1)
 
 
 def grouped_gemm(
@@ -188,13 +194,10 @@ def grouped_gemm(
         experts = [unpack_weight(weight.expert(e)) for e in range(x_count)]
         out[...] = narrow(grouped_gemm_ref(x, experts, offsets, bias), np.float32)
         return out
-    if x.dtype == np.uint16 and k % 2:
-        x = np.pad(x, ((0, 0), (0, 1)))  # an odd K: the last pair needs its zero
     busy = np.flatnonzero(np.diff(offsets))
-    flat = np.ascontiguousarray(x).reshape(-1)
-    panels = -(-n // NR)
+    a, _, k = operand(x, offsets)
     _grouped_gemm_kernel(
-        flat, weight.data, busy, offsets, pad_bias(bias), out.reshape(-1), n, x.shape[1], panels
+        a, weight.data, busy, offsets, pad_bias(bias, NR), out.reshape(-1), n, k
     )
     return out
 

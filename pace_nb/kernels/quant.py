@@ -39,11 +39,11 @@ from numba import prange
 from pace_nb.kernels import jit
 from pace_nb.kernels.arrays import Array, contiguous, require
 from pace_nb.kernels.bf16 import narrow, to_f32
-from pace_nb.kernels.gemm import NR
 from pace_nb.kernels.moe import check_offsets, grouped_gemm_ref, pad_bias
 from pace_nb.kernels.mxfp4_lanes import MXFP4_TABLE, mxfp4_exponents, mxfp4_pairs
 from pace_nb.kernels.tiles import tile_dot_pairs, tile_load, tile_store, tile_store_tail, tile_zeros
 
+NR = 64  # columns of a panel: a line of codes
 BLOCK = 32  # weights of one row that share a scale
 LOWEST, HIGHEST = 2, 252  # scales whose products with every code are normal BF16 numbers
 
@@ -200,7 +200,7 @@ def grouped_gemm_mxfp4(
         out[...] = narrow(grouped_gemm_mxfp4_ref(x, weight, offsets, bias), np.float32)
         return out
     flat, busy = np.ascontiguousarray(x).reshape(-1), np.flatnonzero(np.diff(offsets))
-    bias, out_flat = pad_bias(bias), out.reshape(-1)
+    bias, out_flat = pad_bias(bias, NR), out.reshape(-1)
     _grouped_gemm_mxfp4_kernel(
         flat, weight.codes, weight.scales, busy, offsets, bias, out_flat, n, k, panels
     )

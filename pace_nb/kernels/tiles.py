@@ -4,7 +4,7 @@ A tile is a Numba value, each size a type of its own, so the accumulators of a m
 named by one variable and still never leave their registers.
 
 Values
-    Tile     MR rows by NV vectors of float32 accumulators: MR * NV + NV + 1 <= 32 registers
+    Tile     MR rows by NV vectors of float32 accumulators: MR * NV + NV + 1 <= 32 registers, or 15
 Memory
     flat, addressed by element offset, with a leading dimension where there are rows.
 Cautions
@@ -24,6 +24,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import models, register_model
 
+from pace_nb.kernels import jit
 from pace_nb.kernels.bf16 import as_f32, as_stored
 from pace_nb.kernels.lanes import maximum, reduce_max
 from pace_nb.kernels.llvm_body import (
@@ -35,19 +36,28 @@ from pace_nb.kernels.llvm_body import (
     W,
     bf16x32,
     emit_dot_pairs,
+    emit_even,
     emit_fma,
     emit_load_first,
+    emit_load_here,
     emit_narrow,
+    emit_odd,
     emit_pointer,
     emit_splat,
     emit_store_first,
     emit_vector_pointer,
     f32x16,
+    has_dot_pairs,
     is_bf16_memory,
     is_memory,
     llvm_body,
 )
 from pace_nb.kernels.words import dot_pairs, splat_pair
+
+
+# Vectors of a tile of six rows. 32 registers hold 6 x 4 accumulators, 4 vectors of B and 1 of A; 16
+# narrower ones, of which a vector takes two, hold 6 x 2, 2 and 1.
+NV = 4 if jit.WIDE else 1
 
 
 # ---- the type ------------------------------------------------------------------------------------
@@ -226,16 +236,17 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
 
 
 def tile_dot(
-    acc: np.ndarray, a: np.ndarray, a0: int, lda: int, b: np.ndarray, b0: int, ldb: int
+    acc: np.ndarray, a: np.ndarray, a0: int, lda: int, b: np.ndarray, b0: int, ldb: int, step: int = 1
 ) -> np.ndarray:
     """One step along K: acc[i, 16 j + lane] += A[i, k] * B[k, 16 j + lane].
 
-    float32: one k; A[i] = a[a0 + i * lda], B vector j = b[b0 + j * ldb : + 16].
-    BF16:    a pair of k; A[i] = a[a0 + i * lda : + 2], B vector j = b[b0 + j * ldb : + 32] as pairs
-             (`dot_pairs`).
+    B of float32: one k; A[i, 0] = a[a0 + i * lda], B vector j = b[b0 + j * ldb : + 16].
+    B of BF16:    a pair of k; A[i] = a[a0 + i * lda], a[a0 + i * lda + step], B vector j =
+                  b[b0 + j * ldb : + 32] as pairs (`dot_pairs`). A is BF16 and step 1, or A has the
+                  same values as float32: without vdpbf16ps that saves taking pairs apart.
     """
     columns = tuple(b0 + j * ldb for j in range(acc.shape[1] // W))
-    return tile_dot_apart(acc, a, a0, lda, b, columns, 0)
+    return _dot(acc, a, a0, lda, b, columns, step)
 
 
 def tile_dot_apart(
@@ -248,10 +259,22 @@ def tile_dot_apart(
     offset: int,
 ) -> np.ndarray:
     """As tile_dot, with B vector j at b[b0[j] + offset : ...]: one start per vector."""
-    s = 2 if a.dtype == np.uint16 else 1
+    return _dot(acc, a, a0, lda, b, tuple(i + offset for i in b0[: acc.shape[1] // W]), 1)
+
+
+def _dot(
+    acc: np.ndarray,
+    a: np.ndarray,
+    a0: int,
+    lda: int,
+    b: np.ndarray,
+    starts: tuple[int, ...],
+    step: int,
+) -> np.ndarray:
+    s = 2 if b.dtype == np.uint16 else 1
     mr, nv = acc.shape[0], acc.shape[1] // W
-    words = np.stack([b[i + offset : i + offset + s * W] for i in b0[:nv]])
-    x = as_f32(np.stack([a[a0 + i * lda : a0 + i * lda + s] for i in range(mr)]))
+    words = np.stack([b[i : i + s * W] for i in starts])
+    x = as_f32(np.array([a[a0 + i * lda : a0 + i * lda + s * step : step] for i in range(mr)]))
     y = as_f32(words).reshape(1, nv * W, s)
     x, y = x.reshape(mr, 1, s).astype(np.float64), y.astype(np.float64)
     for e in reversed(range(s)):  # of a pair the odd element first, as in dot_pairs
@@ -259,45 +282,88 @@ def tile_dot_apart(
     return acc
 
 
-def _dot_step(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any, starts: list[Any]) -> Any:
-    """The tile args[0] after one step along K; `starts` are the offsets of the B vectors."""
-    tile, value = sig.args[0], args[0]
+def _dot_step(
+    ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any, starts: list[Any], step: Any
+) -> Any:
+    """The tile args[0] after one step along K; `starts` are the offsets of the B vectors, `step`
+    is how far the elements of a pair of A lie apart."""
     row, ld = (ctx.cast(bld, args[k], sig.args[k], types.intp) for k in (2, 3))
-    paired = sig.args[1].dtype == types.uint16
+    paired = sig.args[4].dtype == types.uint16
     llvm, align = (I32X16, 2) if paired else (F32X16, 4)
-    columns = [
-        bld.load(emit_vector_pointer(ctx, bld, sig.args[4], args[4], at, llvm), align=align)
-        for at in starts
-    ]
-    for i in range(tile.mr):
-        llvm, align = (I32, 2) if paired else (F32, 4)
-        scalar = bld.load(
-            emit_vector_pointer(ctx, bld, sig.args[1], args[1], row, llvm), align=align
-        )
-        v = emit_splat(bld, scalar)
-        for j in range(tile.nv):
-            k = i * tile.nv + j
-            acc = bld.extract_value(value, k)
-            acc = (
-                emit_dot_pairs(ctx, bld, acc, v, columns[j])
-                if paired
-                else emit_fma(ctx, bld, v, columns[j], acc)
-            )
-            value = bld.insert_value(value, acc, k)
-        row = bld.add(row, ld)
+    pointers = [emit_vector_pointer(ctx, bld, sig.args[4], args[4], at, llvm) for at in starts]
+    rows = [bld.add(row, bld.mul(ld, ir.Constant(ld.type, i))) for i in range(sig.args[0].mr)]
+
+    def load_columns() -> list[Any]:
+        return [bld.load(pointer, align=align) for pointer in pointers]
+
+    def splat(at: Any, llvm: ir.Type) -> Any:
+        pointer = emit_vector_pointer(ctx, bld, sig.args[1], args[1], at, llvm)
+        return emit_splat(bld, bld.load(pointer, align=sig.args[1].dtype.bitwidth // 8))
+
+    def fma(value: Any, k: int, x: Any, y: Any) -> Any:
+        return bld.insert_value(value, emit_fma(ctx, bld, x, y, bld.extract_value(value, k)), k)
+
+    value, nv = args[0], sig.args[0].nv
+    if paired and has_dot_pairs(ctx):
+        columns = load_columns()
+        for i, at in enumerate(rows):
+            v = splat(at, I32)
+            for j in range(nv):
+                k = i * nv + j
+                acc = emit_dot_pairs(ctx, bld, bld.extract_value(value, k), v, columns[j])
+                value = bld.insert_value(value, acc, k)
+    elif paired:
+        # All rows' odd elements, then all even ones. B is read for each, and not before: otherwise
+        # the pairs would stay in registers beside their halves, and push accumulators out. The
+        # shorter side of the tile waits in registers for the longer one.
+        mr = len(rows)
+        for half in (emit_odd, emit_even):
+
+            def x(i: int, half: Any = half) -> Any:
+                if sig.args[1].dtype == types.uint16:
+                    return half(bld, splat(rows[i], I32))
+                return splat(bld.add(rows[i], step) if half is emit_odd else rows[i], F32)
+
+            def y(j: int, half: Any = half) -> Any:
+                return half(bld, emit_load_here(bld, pointers[j], align))
+
+            if nv > mr:
+                xs = [x(i) for i in range(mr)]
+                for j in range(nv):
+                    column = y(j)
+                    for i in range(mr):
+                        value = fma(value, i * nv + j, xs[i], column)
+            else:
+                ys = [y(j) for j in range(nv)]
+                for i in range(mr):
+                    row_element = x(i)
+                    for j in range(nv):
+                        value = fma(value, i * nv + j, row_element, ys[j])
+    else:
+        columns = load_columns()
+        for i, at in enumerate(rows):
+            x = splat(at, F32)
+            for j in range(nv):
+                value = fma(value, i * nv + j, x, columns[j])
     return value
 
 
-def _tile_dot_type(acc: Any, a: Any, a0: Any, lda: Any, b: Any, b0: Any, ldb: Any) -> Any:
-    ours = isinstance(acc, TileType) and is_memory(a) and is_memory(b) and a.dtype == b.dtype
-    return acc if ours else None
+def _tile_dot_type(acc: Any, a: Any, a0: Any, lda: Any, b: Any, *rest: Any) -> Any:
+    ours = isinstance(acc, TileType) and is_memory(a) and is_memory(b)
+    return acc if ours and (a.dtype == b.dtype or _narrow(a, b)) else None
+
+
+def _narrow(a: Any, b: Any) -> bool:
+    """Is A float32 where B is BF16? That is for CPUs without vdpbf16ps, which has no such form."""
+    return not jit.WIDE and (a.dtype, b.dtype) == (types.float32, types.uint16)
 
 
 @llvm_body(tile_dot, _tile_dot_type)
 def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     col, ldb = (ctx.cast(bld, args[k], sig.args[k], types.intp) for k in (5, 6))
     starts = [bld.add(col, bld.mul(ldb, ir.Constant(ldb.type, j))) for j in range(sig.args[0].nv)]
-    return _dot_step(ctx, bld, sig, args, starts)
+    step = ctx.cast(bld, args[7], sig.args[7], types.intp) if len(args) == 8 else None
+    return _dot_step(ctx, bld, sig, args, starts, step or ir.Constant(col.type, 1))
 
 
 def _tile_dot_apart_type(acc: Any, a: Any, a0: Any, lda: Any, b: Any, b0: Any, offset: Any) -> Any:
@@ -310,7 +376,7 @@ def _tile_dot_apart_type(acc: Any, a: Any, a0: Any, lda: Any, b: Any, b0: Any, o
 def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     offset = ctx.cast(bld, args[6], sig.args[6], types.intp)
     starts = [bld.add(bld.extract_value(args[5], j), offset) for j in range(sig.args[0].nv)]
-    return _dot_step(ctx, bld, sig, args, starts)
+    return _dot_step(ctx, bld, sig, args, starts, ir.Constant(offset.type, 1))
 
 
 def tile_dot_pairs(

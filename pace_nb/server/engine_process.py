@@ -5,9 +5,9 @@ by `engine_client.py`, which holds the other end of the socket.
 
 Nothing here waits for a client: the server reads all that is written at once. Between two steps
 the socket is read, so a request that is given up is out, and its cache free, before the next step.
-There is no second thread (kernels are entered from one, always), so nothing is said during a step;
-the server tells by the silence that a step has stalled, and SIGUSR1 writes every stack to standard
-error even then.
+Kernels are entered from one thread, always, and that is the one that speaks, so nothing is said
+during a step; the server tells by the silence that a step has stalled. A second thread waits for
+SIGUSR1 and then writes every stack to standard error: a kernel leaves it the interpreter.
 
     to the engine     {"type": "start", ...}    options, once
                       {"type": "add", "id", "token_ids", "params", "cache_salt", "priority"}
@@ -29,6 +29,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -281,6 +282,16 @@ def _be_a_child() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    # Not faulthandler.register: its handler reads the stack of a thread that it has interrupted
+    # anywhere, and where that is half way into a call the engine dies of it (CPython 3.11).
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    threading.Thread(target=_write_stacks, name="stacks", daemon=True).start()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _write_stacks() -> None:
+    """Every stack, on standard error, at each SIGUSR1."""
+    while True:
+        signal.sigwait({signal.SIGUSR1})
+        faulthandler.dump_traceback()

@@ -214,7 +214,7 @@ X, W = np.zeros((2, 8), np.float32), pack_weight(np.zeros((3, 8), np.float32))
         ((X, W, None, np.zeros((2, 6), np.float32)[:, ::2]), "out is not a contiguous"),
         ((X, PackedWeight(np.repeat(W.data, 2)[::2], 3, 8)), "weight.data is not a contiguous"),
         ((X, PackedWeight(W.data, np.int64(3), np.int64(7))), r"weight.data has shape"),
-        ((X, PackedWeight(W.data[:-1], 3, 8)), r"weight.data has shape \(511,\), expected \(512\)"),
+        ((X, PackedWeight(W.data[:-1], 3, 8)), rf"weight.data has shape \({8 * NR - 1},\), expected \({8 * NR}\)"),
     ],
 )
 def test_bad_input_names_the_argument(arguments: Any, message: str) -> None:
@@ -230,8 +230,9 @@ def test_out_must_be_writable() -> None:
 
 
 def test_lanes_of_panels_do_not_meet() -> None:
-    with pytest.raises(ValueError, match="pack_rows: lane 1 of 2 in a weight of 192 rows"):
-        pack_rows(new_weight(192, 8, np.float32), 95, np.zeros((1, 8), np.float32), lane=1, lanes=2)
+    n = 3 * NR
+    with pytest.raises(ValueError, match=f"pack_rows: lane 1 of 2 in a weight of {n} rows"):
+        pack_rows(new_weight(n, 8, np.float32), 3, np.zeros((1, 8), np.float32), lane=1, lanes=2)
     with pytest.raises(ValueError, match="pack_rows: lane 2 of 2"):
         pack_rows(new_weight(128, 8, np.float32), 0, np.zeros((1, 8), np.float32), lane=2, lanes=2)
 
@@ -269,9 +270,11 @@ def test_bad_ids_and_parts() -> None:
         pack_weights([])
 
 
+DOT = jit.cpu_features() & {"avx512bf16", "fma"}  # what a dot product is made of
+
+
 @pytest.mark.skipif(
-    jit.INTERPRETED or not {"avx512f", "avx512bf16"} <= jit.cpu_features(),
-    reason="the CPU has no vdpbf16ps",
+    jit.INTERPRETED or not DOT, reason="the CPU has neither vdpbf16ps nor fused multiply-add"
 )
 @pytest.mark.parametrize("name", ["gemm", "mlp", "moe"])
 def test_assembly_has_the_dot_product_and_no_spills(name: str) -> None:
@@ -285,16 +288,19 @@ def test_assembly_has_the_dot_product_and_no_spills(name: str) -> None:
     else:
         moe.grouped_gemm(x, moe.pack_experts([w]), np.array([0, 2]))
         kernel = moe._grouped_gemm_kernel
-    assembly = jit.assembly(kernel)
-    inner = [line for line in assembly.splitlines() if "vdpbf16ps" in line]
-    assert len(inner) >= 24 and all("zmm" in line for line in inner)
+    word, register = ("vdpbf16ps", "zmm") if "avx512bf16" in DOT else ("vfmadd", "[yz]mm")
     spilled, kept = [], []  # dot products of the loops over k
-    for block in re.split(r"^\.?\w+:", assembly, flags=re.M):
-        if (dots := block.count("vdpbf16ps")) >= 4:
-            spills = re.search(r"\(%rsp\).*zmm|zmm.*\(%rsp\)", block)
-            (spilled if spills else kept).append(dots)
-    assert 4 * gemm_module.MR in kept
-    assert set(spilled) <= {4 * gemm_module.TALL}, "a spilled accumulator"
+    for block in re.split(r"^\.?\w+:", jit.assembly(kernel), flags=re.M):
+        dots = [line for line in block.splitlines() if word in line]
+        if len(dots) >= 4 and all(re.search(register, line) for line in dots):
+            spills = re.search(rf"\(%rsp\).*{register}|{register}.*\(%rsp\)", block)
+            (spilled if spills else kept).append(len(dots))
+    if word == "vdpbf16ps":
+        assert 4 * gemm_module.MR in kept
+        assert set(spilled) <= {4 * gemm_module.TALL}, "a spilled accumulator"
+    else:  # the odd elements of the pairs, then the even ones, each in one or two registers
+        whole = 2 * gemm_module.MR * (4 if jit.WIDE else 2)
+        assert whole in kept and whole not in spilled, "a spilled accumulator"
 
 
 @pytest.mark.skipif(not jit.INTERPRETED, reason="looks at what is asked for, interpreted")
@@ -323,9 +329,42 @@ def test_a_block_that_is_read_once_is_asked_for_step_by_step(
 
 
 def test_uneven_rows_are_one_tile() -> None:
-    for m in range(9):
-        _, added, _ = gemm_module.padded(np.zeros((m, 4), np.uint16))
-        assert added == (m in (3, 5, 7))
+    for m in range(14):
+        added = gemm_module.operand(np.zeros((m, 4), np.uint16))[1]
+        assert added == (m in (3, 5, 7) if jit.WIDE else m > 1 and m % 2)
+
+
+def test_an_operand_has_the_values_of_x() -> None:
+    x = normal(np.random.default_rng(0), (3, 70), np.uint16)
+    flat, added, k = gemm_module.operand(x)
+    assert (added, k) == (1, 70)
+    rows = flat.reshape(4, 70) if jit.WIDE else flat.reshape(70, 4).T
+    np.testing.assert_array_equal(widen(rows), widen(np.pad(x, ((0, 1), (0, 0)))))
+
+
+@pytest.mark.skipif(jit.WIDE, reason="only 16 registers have rows packed")
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_rows_are_packed_in_the_tiles_that_read_them(dtype: Any) -> None:
+    x = normal(np.random.default_rng(0), (8 + 7 + 1 + 98, 10), dtype)
+    offsets, tiles = np.array([0, 8, 15, 15, 16, 114]), [4, 4, 6, 1, 1, *[6] * 15, 4, 4]
+    flat, added, _ = gemm_module.operand(x, offsets)
+    assert added == 0 and sum(tiles) == len(x)
+    begin = 0
+    for rows in tiles:
+        part = flat[begin * 10 : (begin + rows) * 10].reshape(10, rows).T
+        np.testing.assert_array_equal(part, widen(x[begin : begin + rows]))
+        begin += rows
+
+
+@pytest.mark.skipif(jit.INTERPRETED, reason="minutes, and there are no blocks of rows")
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_every_number_of_rows_around_a_block_of_them(dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    x, w = (normal(rng, (rows, 18), dtype) for rows in (210, 70))
+    packed = pack_weight(w)
+    alone = np.concatenate([gemm(x[i : i + 1], packed) for i in range(len(x))])
+    for m in (*range(90, 112), *range(186, 211)):
+        np.testing.assert_array_equal(gemm(x[:m], packed), alone[:m])
 
 
 @pytest.mark.parametrize("m", range(1, 26))

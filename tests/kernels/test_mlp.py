@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pace_nb.kernels import jit
 from pace_nb.kernels.activation import activation, gated_activation
 from pace_nb.kernels.bf16 import from_f32, widen
-from pace_nb.kernels.gemm import KC, gemm, pack_weight, pack_weights
+from pace_nb.kernels.gemm import KC, NR, gemm, pack_weight, pack_weights
 from pace_nb.kernels.mlp import (
     mlp,
     mlp_ref,
@@ -118,6 +118,7 @@ def test_nan_and_infinity_stay_in_their_row_and_are_found_at_packing():
 
 
 W = new_mlp_weight(5, 4, np.float32, gated=True)
+ROWS, SIZE = 2 * NR, 8 * NR  # of W, padded
 X = np.zeros((2, 4), np.float32)
 
 
@@ -132,16 +133,16 @@ X = np.zeros((2, 4), np.float32)
             r"out has shape \(2, 4\), expected \(2, 5\)",
         ),
         ((X, W, "silu", np.zeros((2, 5), np.uint16)), "out has dtype uint16, expected float32"),
-        ((X, W._replace(n=65), "silu"), "weight of 128 rows and 0 biases for F = 65"),
-        ((X, W._replace(parts=1), "silu"), "weight of 128 rows"),
-        ((X, W._replace(parts=4, n=20), "silu"), "weight of 128 rows"),
+        ((X, W._replace(n=65), "silu"), f"weight of {ROWS} rows and 0 biases for F = 65"),
+        ((X, W._replace(parts=1), "silu"), f"weight of {ROWS} rows"),
+        ((X, W._replace(parts=4, n=20), "silu"), f"weight of {ROWS} rows"),
         (
             (X, W._replace(panels=W.panels._replace(data=W.panels.data[:-1])), "silu"),
-            r"weight.data has shape \(511,\), expected \(512\)",
+            rf"weight.data has shape \({SIZE - 1},\), expected \({SIZE}\)",
         ),
         ((X, W, "silu", np.zeros((2, 10), np.float32)[:, ::2]), "out is not a contiguous"),
         ((X, W._replace(bias=np.zeros(128)), "silu"), "weight.bias has dtype float64"),
-        ((X, W._replace(bias=np.zeros(5, np.float32)), "silu"), "weight of 128 rows and 5 biases"),
+        ((X, W._replace(bias=np.zeros(5, np.float32)), "silu"), f"weight of {ROWS} rows and 5 biases"),
     ],
 )
 def test_bad_input_names_the_argument(arguments: Any, message: str) -> None:
