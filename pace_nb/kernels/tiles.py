@@ -54,7 +54,6 @@ from pace_nb.kernels.llvm_body import (
 )
 from pace_nb.kernels.words import dot_pairs, splat_pair
 
-
 # Vectors of a tile of six rows. 32 registers hold 6 x 4 accumulators, 4 vectors of B and 1 of A; 16
 # narrower ones, of which a vector takes two, hold 6 x 2, 2 and 1.
 NV = 4 if jit.WIDE else 1
@@ -236,7 +235,14 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
 
 
 def tile_dot(
-    acc: np.ndarray, a: np.ndarray, a0: int, lda: int, b: np.ndarray, b0: int, ldb: int, step: int = 1
+    acc: np.ndarray,
+    a: np.ndarray,
+    a0: int,
+    lda: int,
+    b: np.ndarray,
+    b0: int,
+    ldb: int,
+    step: int = 1,
 ) -> np.ndarray:
     """One step along K: acc[i, 16 j + lane] += A[i, k] * B[k, 16 j + lane].
 

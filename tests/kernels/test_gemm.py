@@ -214,7 +214,10 @@ X, W = np.zeros((2, 8), np.float32), pack_weight(np.zeros((3, 8), np.float32))
         ((X, W, None, np.zeros((2, 6), np.float32)[:, ::2]), "out is not a contiguous"),
         ((X, PackedWeight(np.repeat(W.data, 2)[::2], 3, 8)), "weight.data is not a contiguous"),
         ((X, PackedWeight(W.data, np.int64(3), np.int64(7))), r"weight.data has shape"),
-        ((X, PackedWeight(W.data[:-1], 3, 8)), rf"weight.data has shape \({8 * NR - 1},\), expected \({8 * NR}\)"),
+        (
+            (X, PackedWeight(W.data[:-1], 3, 8)),
+            rf"weight.data has shape \({8 * NR - 1},\), expected \({8 * NR}\)",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(arguments: Any, message: str) -> None:

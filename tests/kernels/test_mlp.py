@@ -142,7 +142,10 @@ X = np.zeros((2, 4), np.float32)
         ),
         ((X, W, "silu", np.zeros((2, 10), np.float32)[:, ::2]), "out is not a contiguous"),
         ((X, W._replace(bias=np.zeros(128)), "silu"), "weight.bias has dtype float64"),
-        ((X, W._replace(bias=np.zeros(5, np.float32)), "silu"), f"weight of {ROWS} rows and 5 biases"),
+        (
+            (X, W._replace(bias=np.zeros(5, np.float32)), "silu"),
+            f"weight of {ROWS} rows and 5 biases",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(arguments: Any, message: str) -> None:

@@ -69,6 +69,20 @@ def test_R23_R24_R25_the_life_of_an_engine(start, waiting):
     waiting(lambda: gone(again), 5)
 
 
+def test_R24_writing_the_stacks_does_no_harm(server):
+    """Wherever the engine is: a handler that reads a stack half way into a call kills it."""
+    (engine,) = server.engine_pids()
+    connection, response = server.open_stream(max_tokens=900, ignore_eos=True)
+    for _ in range(3000):
+        os.kill(engine, signal.SIGUSR1)
+        time.sleep(0.0003)
+    events = response.read().decode().split("\n\n")
+    connection.close()
+    assert events[-2] == "data: [DONE]" and '"error"' not in events[-3]
+    assert server.engine_pids() == [engine]
+    server.logged("most recent call first")
+
+
 class Silent:
     """An observer that remembers states."""
 

@@ -33,7 +33,10 @@ def test_the_versions_are_those_that_were_measured():
 
 def test_llama_cpp_is_compiled_with_the_instructions_of_this_cpu():
     assert "--no-binary" in install.pip_arguments("llama-cpp")
-    assert "-DGGML_AVX512_BF16=ON" in install.LLAMA_CPP_FLAGS
+    assert "-DGGML_NATIVE=ON" in install.llama_cpp_flags("flags : fpu avx2")
+    assert "AVX512" not in install.llama_cpp_flags("flags : fpu avx2")
+    zen4 = install.llama_cpp_flags("flags : fpu avx512f avx512_vnni avx512_bf16")
+    assert all(f"-DGGML_{name}=ON" in zen4 for name in ("AVX512", "AVX512_VNNI", "AVX512_BF16"))
 
 
 def test_environments_lie_outside_the_repository(monkeypatch, tmp_path, repository):
