@@ -196,21 +196,34 @@ def _products(c: Counts, acc: Array, pairs: bool) -> None:
 
 
 def _tile_dot_apart(
-    c: Counts, acc: Array, a: Array, a0: int, lda: int, b: Array, b0: Any, offset: int
+    c: Counts,
+    acc: Array,
+    a: Array,
+    a0: int,
+    lda: int,
+    b: Array,
+    b0: Any,
+    offset: int,
+    step: int = 1,
 ) -> None:
-    s = _words(a)
+    s = _words(b)
     for i in range(acc.shape[0]):
-        c._load(a, a0 + i * lda, s)
+        row = a0 + i * lda
+        if step == 1:  # a pair is one load
+            c._load(a, row, s)
+        else:
+            for at in range(row, row + s * step, step):
+                c._load(a, at, 1)
     for start in b0[: acc.shape[1] // W]:
         c._load(b, start + offset, s * W)
     _products(c, acc, s == 2)
 
 
 def _tile_dot(
-    c: Counts, acc: Array, a: Array, a0: int, lda: int, b: Array, b0: int, ldb: int
+    c: Counts, acc: Array, a: Array, a0: int, lda: int, b: Array, b0: int, ldb: int, step: int = 1
 ) -> None:
     starts = [b0 + j * ldb for j in range(acc.shape[1] // W)]
-    _tile_dot_apart(c, acc, a, a0, lda, b, starts, 0)
+    _tile_dot_apart(c, acc, a, a0, lda, b, starts, 0, step)
 
 
 def _tile_dot_pairs(c: Counts, acc: Array, a: Array, a0: int, lda: int, *b: Array) -> None:

@@ -105,14 +105,14 @@ def gemm_ref(x: Array, w: Array, bias: Array | None = None) -> Array:
     return product if bias is None else product + bias
 
 
-def pack_weights_ref(parts: Sequence[Array]) -> Array:
-    """[N0, K], [N1, K], .. stacked to [N, K] -> flat [N/NR, K/S, NR, S], zero where padded."""
+def pack_weights_ref(parts: Sequence[Array], nr: int = NR) -> Array:
+    """[N0, K], [N1, K], .. stacked to [N, K] -> flat [N/nr, K/S, nr, S], zero where padded."""
     w = np.concatenate(parts)
     n, k = w.shape
     step = _step(w)
-    padded = np.zeros((-n % NR + n, -k % step + k), w.dtype)
+    padded = np.zeros((-n % nr + n, -k % step + k), w.dtype)
     padded[:n, :k] = w
-    panels = padded.reshape(len(padded) // NR, NR, -1, step)
+    panels = padded.reshape(len(padded) // nr, nr, -1, step)
     return np.ascontiguousarray(panels.transpose(0, 2, 1, 3)).reshape(-1)
 
 

@@ -10,8 +10,8 @@
 | bias  | [F/NR, P, NR]    | f32       | as data; or empty                                         |
 | H     | [M, F]           | BF16, f32 | contiguous, allocated or given as `out`                   |
 
-Moves: P F K size(W) + M K size(X) + M F size(H) bytes. G and U exist for one panel at a time, NR
-    columns each, in L2: as arrays of their own they were new pages for every 256 tokens, cleared by
+Moves: P F K size(W) + M K size(X) + M F size(H) bytes. G and U exist for OWN columns
+    at a time, in L2: as arrays of their own they were new pages for every 256 tokens, cleared by
     the system while the product ran (docs/LOG.md).
 Does: 2 P M F K FLOPs and an activation per element of H.
 Error: that of `gemm` in G and U (f32), then that of `activation`; a row's bits are those of the two
@@ -47,6 +47,7 @@ from pace_nb.kernels.bf16 import narrow
 from pace_nb.kernels.gemm import GROUP, NR, PackedWeight, gemm_ref, panels
 
 GATE_AND_UP = 2
+OWN = 128  # columns of gate and up that exist at a time in each thread
 
 
 class MLPWeight(NamedTuple):
@@ -77,21 +78,20 @@ def mlp_ref(
 # ---- kernel --------------------------------------------------------------------------------------
 @jit.kernel
 def _mlp_kernel(a, b, bias, kind, parts, h, work, workers, m, f, k):
-    size, count, each = len(work) // workers, (f + NR - 1) // NR, max(GROUP // parts, 1)
+    size, count, each = len(work) // workers, (f + NR - 1) // NR, OWN // (parts * NR)
     turns = (count + each - 1) // each
     for w in prange(workers):  # panels of F are independent: each thread has a stretch of them
-        own = work[w * size : w * size + size]  # [m, each * parts * NR]
-        width = each * parts * NR
+        own = work[w * size : w * size + size]  # [m, OWN]
         for turn in range(w * turns // workers, (w + 1) * turns // workers):
             first = turn * each
             end = min(first + each, count)
             for i in range(first * parts, end * parts, GROUP):
                 now, at = min(GROUP, end * parts - i), (i - first * parts) * NR
-                panels(a, 0, b, i, now, bias, i * NR, own, at, width, m, k, now * NR)
+                panels(a, 0, b, i, now, bias, i * NR, own, at, OWN, m, k, now * NR)
             for j in range(first, end):
                 n, at = min(NR, f - j * NR), (j - first) * parts * NR
                 for i in range(m):
-                    x0, h0 = i * width + at, i * f + j * NR
+                    x0, h0 = i * OWN + at, i * f + j * NR
                     if parts == GATE_AND_UP:
                         gated_row(own, x0, x0 + NR, kind, h, h0, n)
                     else:
@@ -174,7 +174,7 @@ def mlp(x: Array, weight: MLPWeight, kind: str, out: Array | None = None) -> Arr
     h = np.empty((m, n), dtype) if m_pad else out
     with jit.threads_for(panels.data.nbytes * -(-m // gemm.MR)):
         workers = jit.num_threads()
-        work = np.empty(workers * m * max(weight.parts, GROUP) * NR, np.float32)
+        work = np.empty(workers * m * OWN, np.float32)
         _mlp_kernel(
             a,
             panels.data,

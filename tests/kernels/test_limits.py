@@ -10,6 +10,7 @@ import pytest
 from pace_nb.kernels import jit, limits
 from pace_nb.kernels.bf16 import from_f32
 from pace_nb.kernels.llvm_body import W
+from pace_nb.kernels.tiles import NV
 
 
 @pytest.mark.parametrize("streams", [1, 4])
@@ -41,7 +42,7 @@ def test_copy_copies() -> None:
 def test_turns_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak kernel does its dot products: with ones for operands each turn adds one product."""
     threads, turns = jit.num_threads(), 5
-    c = np.zeros(threads * 6 * 64, np.float32)
+    c = np.zeros(threads * 6 * 16 * NV, np.float32)
     limits._dot_turns_kernel(np.ones(2, np.float32), np.ones(128, np.float32), c, threads, turns)
     assert (c == turns).all()
 

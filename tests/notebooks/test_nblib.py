@@ -15,7 +15,7 @@ from PIL import Image
 
 from pace_nb.kernels import jit, lanes, norm
 from pace_nb.kernels.bf16 import from_f32
-from pace_nb.kernels.gemm import gemm, gemm_ref, pack_weight
+from pace_nb.kernels.gemm import NR, gemm, gemm_ref, pack_weight
 from pace_nb.kernels.lanes import fma, load, reduce_add, splat, store
 
 compiled = pytest.mark.skipif(jit.INTERPRETED, reason="there is nothing compiled to interpret")
@@ -84,11 +84,12 @@ def test_the_packages_gemm_does_what_its_docstring_says(m, n, k):
     x, w = (from_f32(rng.standard_normal(s, np.float32)) for s in ((m, k), (n, k)))
     packed = pack_weight(w)
     found = nblib.count(gemm, x, packed)
-    panels, steps = -(-n // 64), -(-k // 2)
-    assert found.dots == panels * 4 * steps * m
+    panels, steps = -(-n // NR), -(-k // 2)
+    assert found.dots == panels * NR // 16 * steps * m
     assert found.fmas == 0
     tiles = -(-m // 6)  # each reads its panel once
-    loaded = panels * steps * (tiles * 256 + m * 4)
+    row = 4 if jit.WIDE else 8 if m > 1 else 8 // 4  # float32; one row is read for 4 panels
+    loaded = panels * steps * (tiles * NR * 4 + m * row)
     assert found.bytes_loaded == loaded
     assert found.bytes_stored == 4 * m * n
 
