@@ -2,9 +2,11 @@
 
 import numpy as np
 
+from pace_nb.kernels.gemm import NR
+
 
 def packed_row(part, r):
-    return (r // 64 * 2 + part) * 64 + r % 64
+    return (r // NR * 2 + part) * NR + r % NR
 
 
 def packed_row_wrong(part, r):

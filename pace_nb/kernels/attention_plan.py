@@ -52,7 +52,7 @@ class Plan(NamedTuple):
     top: Array  # scratch f32: m of a task's rows
     total: Array  # l, in 16 partial sums
     values: Array  # o
-    storage: Array  # scratch in `dtype`: query rows and weights of each worker
+    storage: Array  # scratch: query rows and weights of each worker, in `dtype` or float32
     work: Array  # scratch f32 [workers, WORK]
     words: Array  # scratch int64 [workers, WORDS]
 

@@ -20,7 +20,8 @@ beside it, on chunking, on where the cache put its units, on threads.
 | values     | [rows, Dp]      | f32       | o; Dp = D rounded up to 16, nothing beyond D is used |
 
 How: scores of 64 keys are a tile of up to 6 rows by 4 vectors, one vector per unit, in D / S steps;
-values are a tile of up to 6 rows by 64 columns, in one step per pair of keys. Between them the
+values are a tile of up to 6 rows by 64 columns, in one step per pair of keys; both are four tiles
+of one vector without AVX-512. Between them the
 weights of two tiles are made at once: their maxima come from the tiles in registers, and from then
 on no row waits for another, nor a lane for its neighbour.
     A block of keys that all rows see whole takes whole tiles. Of a block that some row sees in
@@ -31,7 +32,7 @@ alone.
 Error: with w = softmax weights and e = (D + 2) 2^-24 scale max |q|.|k|, a score's error, in f32:
     |out - exact| <= w.|v| (4 e + (min(S, SPLIT) + S/8 + 64) 2^-24); 4 e has room for the rounding
     of scale log2 e, and 64 for exp2. BF16 adds 2^-8 w.|v|, as the weights are rounded for the
-    second product (their sum is not), and 2^-8 |out|.
+    second product (their sum is not; nor are they without AVX-512), and 2^-8 |out|.
     Few rows wait for memory: they read the keys of a whole split, then its values, in order, and
     ask for what comes next while they compute (`attend_few`). Many rows stay with one block in L1.
 Cautions: a NaN or infinity in a key or value reaches the rows that see it and no other. BF16 dot
@@ -279,7 +280,7 @@ def _hide(rows, spans, work, w0, tops):
 
 @jit.device_fn
 def _softmax_rows(rows, scale, work, w0, tops, p, top, total, r):
-    """p [rows, 64] = 2^(scale scores - m), rounded to storage; scores are at w0 of `work`.
+    """p [rows, 64] = 2^(scale scores - m), rounded to p's type; scores are at w0 of `work`.
 
     Rows r .. r + rows of top and total (m and l) take these keys in; alpha = 2^(old m - new m) goes
     to `work`, for the values. scale is that of the logits times log2 e.
@@ -323,7 +324,7 @@ def _add_values(mr, p, i, v, dp, words, first, end, work, values, o0):
         column = dp
         for c in range(0, dp // COLUMNS * COLUMNS, COLUMNS):
             _add_6(p, i, v, v, dp, c, words, first, end, work, values, o0)
-        for c in range(dp // COLUMNS * COLUMNS, dp, 16):
+        for c in range(dp // COLUMNS * COLUMNS, dp, 16):  # none where COLUMNS is 16
             _add_6x16(p, i, v, v, dp, c, words, first, end, work, values, o0)
     elif mr == 4:
         column = dp // COLUMNS * COLUMNS
@@ -366,7 +367,7 @@ def _scale_values(t, mr, work, values, o0, dp):
 def _add_lone_value(p, p0, key, v, dp, words, values, o0):
     """values [Dp] at o0 += p[p0 + key] times the value of `key`; its pair's other key is hidden.
 
-    A product of two BF16 is exact in f32, so fma rounds as the dot product does.
+    It rounds as the dot product does: that of two BF16 is exact in f32, another one is this fma.
     """
     s = per_word(v)
     v0 = words[key // s]
@@ -537,7 +538,7 @@ def attend_split(
     """m, l, o of q [tokens * group, D] over the keys of split number `split`, into rows r0 ...
 
     The first token is at `position`; `head` is the pool's first unit of the key/value head; words
-    [WORDS] int64, p [12 * 64] in storage dtype and work [WORK] f32 are scratch.
+    [WORDS] int64, p [12 * 64] in q's dtype and work [WORK] f32 are scratch.
     """
     s = per_word(v)
     clear_rows(top, total, values, r0, tokens * group, dp)

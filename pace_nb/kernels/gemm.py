@@ -11,7 +11,7 @@
 | C     | [M, N]             | f32       | contiguous, allocated or given as `out`                 |
 
 NR is 64 with AVX-512 and 16 without. In `data` N is padded to NR and K to S with zeros.
-Moves: N K size(W) + M K size(A) + 4 M N bytes.
+Moves: N K size(W) + M K size(A) + 4 M N bytes; M K (4 + size(A)) more where rows are packed.
 Does: 2 M N K FLOPs. M = 1 is bound by reading W from DRAM, large M by the dot-product units
     (`vdpbf16ps`: 64 FLOPs an instruction; elsewhere a pair is two fused multiply-adds).
 Order: one f32 accumulator per element of C, from the bias on, k ascending (within a BF16 pair
@@ -25,8 +25,8 @@ Cautions: `vdpbf16ps` flushes denormals to zero: of A, W and bias, and its own r
     infinity in row m of A reaches row m of C only; in row n of W, column n only. `out` may not
     overlap `x` or `bias`.
 Source: register tile and panel packing after Goto and van de Geijn 2008 and BLIS (names MR, NR,
-    KC); re-implements PACE's TPP linear (csrc/ops/libxsmm), which packs [N/32, K/64, 32, 32, 2] and
-    rounds C to BF16.
+    KC, MC); re-implements PACE's TPP linear (csrc/ops/libxsmm), which packs [N/32, K/64, 32, 32, 2]
+    and rounds C to BF16.
 Notebook: 03 GEMM ladder, 04 GEMV.
 Ledger: gemm.
 """
@@ -34,6 +34,7 @@ Ledger: gemm.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +51,7 @@ from pace_nb.kernels.arrays import (
     require,
     writable,
 )
-from pace_nb.kernels.bf16 import narrow, widen
+from pace_nb.kernels.bf16 import as_f32, narrow, widen
 from pace_nb.kernels.lanes import prefetch, prefetch_once
 from pace_nb.kernels.memory import zeros
 from pace_nb.kernels.tiles import NV, tile_dot, tile_load_tail, tile_store_tail, tile_zeros
@@ -66,16 +67,19 @@ from pace_nb.kernels.words import per_word
 # halves of W and 1 of A fills 15. A panel's block of KC is 32 KiB in BF16; MC rows of A, 384 KiB,
 # stay in L2 while GROUP panels, 128 columns, meet them. One row, or two, take 4 or 2 panels SIDE by
 # side: 8 accumulators keep the units busy, and so many streams read DRAM a third faster than one.
-NR = 16 * NV  # columns of a panel: what six rows of it fit into the registers
+NR = 16 * NV  # columns of a panel: the vectors of which six rows fit into the registers
 MR = 6  # rows of a tile
 TALL = 8 if jit.WIDE else MR
+HEIGHTS = (TALL, MR, 4, 2, 1) if jit.WIDE else (MR, 4, 2, 1)  # of the tiles that there are
 KC = 2048 if jit.WIDE else 1024  # k per block
 MC = 1 << 30 if jit.WIDE else 96  # rows per block, in whole tiles
-TAIL = 8  # rows that are no block of their own: how they are cut into tiles is for the end of M
+# Fewer rows than these are no block of their own: `_height` may cut only the end of M otherwise. MC
+# is a multiple of MR.
+TAIL = 8
 GROUP = 1 if jit.WIDE else 8  # panels per task
 SIDE = 0 if jit.WIDE else 4  # rows times panels side by side; 0: never
-# Rows that are one tile if there is one more, and two or three if not. With 16 registers every
-# number that is not even is one, as a tile of a row or two takes as long as one of four.
+# Rows that are one tile if there is one more, and two or three if not. With 16 registers, where a
+# tile of a row or two takes as long as one of four, that is every odd number but 1.
 UNEVEN = (3, 5, 7)
 # Steps of k that a panel read once is asked for in advance: 4 KiB, where the hardware's prefetcher,
 # which stops at the end of a page, has not gone yet.
@@ -122,6 +126,20 @@ def unpack_weight(weight: PackedWeight) -> Array:
     panels = weight.data.reshape(-(-weight.n // NR), -(-weight.k // step), NR, step)
     rows = panels.transpose(0, 2, 1, 3).reshape(len(panels) * NR, -1)
     return np.ascontiguousarray(rows[: weight.n, : weight.k])
+
+
+def operand_ref(x: Array, offsets: Array) -> Array:
+    """Rows offsets[e] .. offsets[e + 1] of x [M, K] in tiles, each [K, rows]: float32, flat.
+
+    A tile has the most rows of 6, 4, 2 and 1 that are left, but two of 4 take the last 8.
+    """
+    tiles = []
+    for i, end in pairwise(offsets):
+        while i < end:
+            rows = 4 if end - i == 8 else next(mr for mr in (6, 4, 2, 1) if mr <= end - i)
+            tiles.append(as_f32(x[i : i + rows]).T.reshape(-1))
+            i += rows
+    return np.concatenate([np.empty(0, np.float32), *tiles])
 
 
 def pack_rows_ref(weight: PackedWeight, row0: int, w: Array) -> Array:
@@ -173,9 +191,9 @@ def _row_tile(mr):
     def rows(
         a, a0, first, k, b, b0, steps, after, ask0, rate, begun, begin, g0, ldg, c, c0, ldc, n
     ):
-        # c [mr, n] at c0, of a [mr, k] at a0, from word `first` on, and b [steps, NR, S] at b0. It
-        # begins with begin [mr, n] at g0 if begun: c itself, or the bias, for which ldg is 0. The
-        # block of b that comes next begins at `after`.
+        # c [mr, n] at c0, of a [mr, k] at a0 (see `operand`), from word `first` on, and b
+        # [steps, NR, S] at b0. It begins with begin [mr, n] at g0 if begun: c itself, or the bias,
+        # for which ldg is 0. The block of b that comes next begins at `after`.
         s = per_word(b)
         acc = tile_zeros(mr, NV)
         if begun:
@@ -198,10 +216,10 @@ def _row_tile(mr):
     return rows
 
 
-def _row_tiles(heights):
+def _by_height(tile_of, heights):
     """The device function for the first of `heights` that `left` rows fill; returns it."""
-    mr, tile = heights[0], _row_tile(heights[0])
-    lower = _row_tiles(heights[1:]) if heights[1:] else None
+    mr, tile = heights[0], tile_of(heights[0])
+    lower = _by_height(tile_of, heights[1:]) if heights[1:] else None
 
     @jit.device_fn
     def rows(left, *operands):
@@ -213,7 +231,7 @@ def _row_tiles(heights):
     return rows
 
 
-_rows = _row_tiles((TALL, MR, 4, 2, 1) if TALL > MR else (MR, 4, 2, 1))
+_rows = _by_height(_row_tile, HEIGHTS)
 
 
 def _side_tile(mr):
@@ -239,9 +257,9 @@ if SIDE:
 
     @jit.device_fn
     def _side_by_side(a, a0, b, j, count, bias, column, c, c0, ldc, m, steps, columns):
-        """As `panels`, for as many of the panels as are whole sides; returns how many."""
+        """As `panels`, for as many of them as are whole sides; returns how many are done."""
         s, g = per_word(b), 0
-        while m * (count - g) >= SIDE and m <= 2:
+        while m <= 2 and m * (count - g) >= SIDE:
             b0, at, n = (j + g) * steps * NR * s, c0 + g * NR, columns - g * NR
             if m == 1:
                 _side_1(a, a0, b, b0, steps, bias, column + g * NR, c, at, ldc, min(n, SIDE * NR))
@@ -259,7 +277,10 @@ else:
 
 @jit.device_fn
 def _height(left, m):
-    """Rows of the next tile, at most, of m of which so many are left."""
+    """Rows that the next tile may have, where `left` of m rows are left.
+
+    Packing and products ask here, so they cut alike.
+    """
     if TALL > MR:
         return min(left, TALL if m == TALL else MR)
     return 4 if left == 8 else left  # a tile of two rows is no faster than one of four
@@ -271,7 +292,7 @@ def _block(
 ):
     """Rows row0 .. end of m against one block of a panel; names as in `_row_tile`."""
     # Rows, in whole tiles from the first to the last, in step with which the next block is asked
-    # for: at each step of k the next lines, LINES for each step of it.
+    # for: a tile of mr rows asks for mr / asking of it, AT_ONCE lines at a time.
     asking = min(end - row0, ASKING + (end - row0 - ASKING) % MR)
     rate = ONCE if m <= TALL else (LINES << FRACTION) // (AT_ONCE * asking)
     i = row0
@@ -296,14 +317,18 @@ def panels(a, a0, b, j, count, bias, column, c, c0, ldc, m, k, columns):
     s = per_word(b)
     steps = (k + s - 1) // s
     done = _side_by_side(a, a0, b, j, count, bias, column, c, c0, ldc, m, steps, columns)
-    for p in range(0, steps, KC // s):
-        size, begun, row0 = min(KC // s, steps - p), p > 0 or bias.size > 0, 0
+    block = steps if m <= TALL else KC // s  # what is read once is one stream
+    for p in range(0, steps, block):
+        size, begun, row0 = min(block, steps - p), p > 0 or bias.size > 0, 0
         while row0 < m:
             end = row0 + MC if m - row0 >= MC + TAIL else m
             for g in range(done, count):
                 here = (j + g) * steps + p
-                after = here + steps  # the same block of the next panel, or the next of the first
-                if g + 1 == count:
+                if g + 1 < count:  # what comes next: the same block of the next panel,
+                    after = here + steps
+                elif end < m:  # or of the first, for the next rows,
+                    after = (j + done) * steps + p
+                else:  # or the next block, or the next panels
                     after = j * steps + p + size if p + size < steps else (j + count) * steps
                 cg, n = c0 + g * NR, min(NR, columns - g * NR)
                 begin, g0, ldg = (c, cg, ldc) if p else (bias, column + g * NR, 0)
@@ -319,15 +344,16 @@ def _pack_tile(mr):
     """The device function that packs a tile of `mr` rows: y [k, mr] at y0 = x [mr, k] at x0."""
 
     @jit.device_fn
-    def pack(x, x0, k, shift, y, y0):
-        for i in range(k):
-            for r in range(mr):
-                y[y0 + i * mr + r] = np.uint32(x[x0 + r * k + i]) << shift
+    def pack(ours, x, x0, k, shift, y, y0):
+        if ours:
+            for i in range(k):
+                for r in range(mr):
+                    y[y0 + i * mr + r] = np.uint32(x[x0 + r * k + i]) << shift
 
     return pack
 
 
-_pack_6, _pack_4, _pack_2, _pack_1 = (_pack_tile(mr) for mr in (6, 4, 2, 1))
+_pack_rows = _by_height(_pack_tile, HEIGHTS)
 
 
 @jit.kernel
@@ -337,18 +363,9 @@ def _pack_operand_kernel(x, shift, y, offsets, k, shares):
         e, share = task // shares, task % shares
         m, i, turn = offsets[e + 1] - offsets[e], 0, 0
         while i < m:
-            rows, at = _height(m - i, m), (offsets[e] + i) * k
-            mr = 6 if rows >= 6 else 4 if rows >= 4 else 2 if rows >= 2 else 1
-            if turn % shares == share:
-                if mr == 6:
-                    _pack_6(x, at, k, shift, y, at)
-                elif mr == 4:
-                    _pack_4(x, at, k, shift, y, at)
-                elif mr == 2:
-                    _pack_2(x, at, k, shift, y, at)
-                else:
-                    _pack_1(x, at, k, shift, y, at)
-            i, turn = i + mr, turn + 1
+            at = (offsets[e] + i) * k
+            i += _pack_rows(_height(m - i, m), turn % shares == share, x, at, k, shift, y, at)
+            turn += 1
 
 
 @jit.kernel
@@ -519,9 +536,10 @@ def gemm(
 def operand(x: Array, offsets: Array | None = None) -> tuple[Array, int, int]:
     """x [M, K] as `panels` reads it: (flat, rows of zeros added, K).
 
-    With a row more where M is UNEVEN and a column where K is an odd number of BF16: the last pair
-    needs its zero. Where there are 16 registers, float32 and packed in tiles of rows; offsets int64
-    [segments + 1] are then where the rows of each call of `panels` begin, None for one of all rows.
+    With a row more where M is uneven (never with offsets), and a column where K is an odd number of
+    BF16: the last pair needs its zero. Where there are 16 registers, float32 and packed in tiles of
+    rows; offsets int64 [segments + 1] are then where the rows of each call of `panels` begin, None
+    for one of all rows.
     """
     uneven = len(x) in UNEVEN if jit.WIDE else len(x) > 1 and len(x) % 2
     m_pad, k_pad = int(uneven and offsets is None), -x.shape[1] % _step(x)

@@ -106,7 +106,7 @@ def flop_probe(dtype: DTypeLike = np.uint16) -> Probe:
 
     Where there is no vdpbf16ps a product of BF16 is two of float32, whose peak is then the answer.
     """
-    if not jit.WIDE:
+    if "avx512bf16" not in jit.cpu_features():
         dtype = np.float32
     threads = jit.num_threads()
     a, b = np.zeros(2, dtype), np.zeros(128, dtype)

@@ -242,13 +242,13 @@ class _VolatileLoad(instructions.LoadInstr):  # type: ignore[misc]
     def descr(self, buf: list[str]) -> None:
         start = len(buf)
         super().descr(buf)
-        buf[start] = buf[start].replace("load ", "load volatile ", 1)
+        buf[start] = "load volatile " + buf[start].removeprefix("load ")
 
 
 def emit_load_here(bld: ir.IRBuilder, pointer: Any, align: int) -> Any:
     """A load that LLVM neither moves up nor replaces by a register that holds the same bytes."""
     bld.fence("seq_cst", "singlethread")  # no instruction
-    load = _VolatileLoad(bld.block, pointer)
+    load = _VolatileLoad(bld.block, pointer, typ=pointer.type.pointee)
     load.align = align
     bld._insert(load)
     return load
@@ -264,14 +264,12 @@ def emit_even(bld: ir.IRBuilder, pairs: Any) -> Any:
     return bld.bitcast(bld.shl(pairs, i32_constant(16)), F32X16)
 
 
-def has_dot_pairs(ctx: Any) -> bool:
-    """Is there vdpbf16ps? LLVM aborts the process on it elsewhere."""
-    return has(ctx, "avx512f", "avx512bf16")
-
-
 def emit_dot_pairs(ctx: Any, bld: ir.IRBuilder, acc: Any, a: Any, b: Any) -> Any:
-    """`words.dot_pairs`, with vdpbf16ps where the machine has it."""
-    if has_dot_pairs(ctx):
+    """`words.dot_pairs`, with vdpbf16ps where the machine has it.
+
+    LLVM aborts the process on it elsewhere, so ask first.
+    """
+    if has(ctx, "avx512f", "avx512bf16"):
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
         return emit_call(bld, name, F32X16, acc, bld.bitcast(a, BF16X32), bld.bitcast(b, BF16X32))
     for half in (emit_odd, emit_even):

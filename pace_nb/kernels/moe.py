@@ -116,9 +116,7 @@ def _grouped_gemm_kernel(a, b, busy, offsets, bias, c, n, k):
         row, m = offsets[e], offsets[e + 1] - offsets[e]
         first, now = e * count + j, min(GROUP, count - j)
         at = row * n + j * NR
-        panels(
-            a, row * k, b, first, now, bias, first * NR, c, at, n, m, k, n - j * NR
-        )  # fmt: skip
+        panels(a, row * k, b, first, now, bias, first * NR, c, at, n, m, k, n - j * NR)
 
 
 @jit.device_fn

@@ -4,7 +4,8 @@ A tile is a Numba value, each size a type of its own, so the accumulators of a m
 named by one variable and still never leave their registers.
 
 Values
-    Tile     MR rows by NV vectors of float32 accumulators: MR * NV + NV + 1 <= 32 registers, or 15
+    Tile     MR rows by NV vectors of float32 accumulators: MR NV + NV + 1 <= 32 registers; where a
+             vector takes two of them, 2 (MR NV + NV) + 1 <= 16
 Memory
     flat, addressed by element offset, with a leading dimension where there are rows.
 Cautions
@@ -47,7 +48,6 @@ from pace_nb.kernels.llvm_body import (
     emit_store_first,
     emit_vector_pointer,
     f32x16,
-    has_dot_pairs,
     is_bf16_memory,
     is_memory,
     llvm_body,
@@ -310,7 +310,7 @@ def _dot_step(
         return bld.insert_value(value, emit_fma(ctx, bld, x, y, bld.extract_value(value, k)), k)
 
     value, nv = args[0], sig.args[0].nv
-    if paired and has_dot_pairs(ctx):
+    if paired and jit.WIDE:
         columns = load_columns()
         for i, at in enumerate(rows):
             v = splat(at, I32)
@@ -356,11 +356,13 @@ def _dot_step(
 
 def _tile_dot_type(acc: Any, a: Any, a0: Any, lda: Any, b: Any, *rest: Any) -> Any:
     ours = isinstance(acc, TileType) and is_memory(a) and is_memory(b)
-    return acc if ours and (a.dtype == b.dtype or _narrow(a, b)) else None
+    if not ours or (a.dtype == types.uint16 and len(rest) == 3):  # pairs of A lie together
+        return None
+    return acc if a.dtype == b.dtype or _is_widened(a, b) else None
 
 
-def _narrow(a: Any, b: Any) -> bool:
-    """Is A float32 where B is BF16? That is for CPUs without vdpbf16ps, which has no such form."""
+def _is_widened(a: Any, b: Any) -> bool:
+    """Is A float32 where B is BF16? That is for CPUs with few registers and no vdpbf16ps."""
     return not jit.WIDE and (a.dtype, b.dtype) == (types.float32, types.uint16)
 
 
@@ -368,8 +370,10 @@ def _narrow(a: Any, b: Any) -> bool:
 def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     col, ldb = (ctx.cast(bld, args[k], sig.args[k], types.intp) for k in (5, 6))
     starts = [bld.add(col, bld.mul(ldb, ir.Constant(ldb.type, j))) for j in range(sig.args[0].nv)]
-    step = ctx.cast(bld, args[7], sig.args[7], types.intp) if len(args) == 8 else None
-    return _dot_step(ctx, bld, sig, args, starts, step or ir.Constant(col.type, 1))
+    step = ir.Constant(col.type, 1)
+    if len(args) == 8:
+        step = ctx.cast(bld, args[7], sig.args[7], types.intp)
+    return _dot_step(ctx, bld, sig, args, starts, step)
 
 
 def _tile_dot_apart_type(acc: Any, a: Any, a0: Any, lda: Any, b: Any, b0: Any, offset: Any) -> Any:

@@ -18,6 +18,7 @@ from pace_nb.kernels.gemm import MR, NR, gemm
 from pace_nb.kernels.mlp import mlp
 from pace_nb.kernels.moe import combine, grouped_gemm
 from pace_nb.kernels.norm import layer_norm, rms_norm
+from pace_nb.kernels.quant import NR as QUANT_NR
 from pace_nb.kernels.quant import grouped_gemm_mxfp4
 from pace_nb.kernels.rope import rope
 from pace_nb.kernels.sampling import distribution
@@ -146,7 +147,7 @@ SUBJECTS: dict[str, Subject] = {
         "C[r] = A[r] W[expert(r)]^T + bias[expert(r)], W = e2m1(code) 2^(scale - 127)", "as gemm",
         ("X", "R", "N", "K"), ("bfloat16",), make_quant,
         ((4, 5, 64, 64), (3, 20, 130, 32), (8, 40, 70, 96)),
-        ((1, 1, 1, 32), (32, 128, 65, 64), (2, 50, 100, 4096)), {"r": 1, "n": NR},
+        ((1, 1, 1, 32), (32, 128, 65, 64), (2, 50, 100, 4096)), {"r": 1, "n": QUANT_NR},
     ),
     "kv_write": Subject(
         written, "pace_nb/kernels/kv_write.py", "keys and values, written and read again",

@@ -38,7 +38,7 @@ OPTIONS = {
     "small budget": {"max_num_batched_tokens": 67},
     "short chunks": {"long_prefill_token_threshold": 13},
     "whole prompts": {"enable_chunked_prefill": False},
-    "tight": {"kv_cache_memory_bytes": 40 * 16 * 1536},
+    "tight": {"kv_cache_memory_bytes": 20 * 16 * 1536},
 }
 
 

@@ -89,14 +89,14 @@ def assert_last_place(compiled: Array, by_numpy: Array, size: Array | float = 0.
 
 def guarded(elements: int, dtype: Any) -> tuple[mmap.mmap, Array]:
     """An array that ends where a page begins that may not be touched."""
-    page = mmap.PAGESIZE
-    memory = mmap.mmap(-1, 2 * page)
+    size = elements * np.dtype(dtype).itemsize
+    page = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, page + mmap.PAGESIZE)
     whole = np.frombuffer(memory, np.uint8)
     libc = ctypes.CDLL(None, use_errno=True)
     address = ctypes.c_void_p(whole.ctypes.data + page)
-    if libc.mprotect(address, ctypes.c_size_t(page), 0) != 0:  # 0 = PROT_NONE
+    if libc.mprotect(address, ctypes.c_size_t(mmap.PAGESIZE), 0) != 0:  # 0 = PROT_NONE
         raise OSError(ctypes.get_errno(), "mprotect")
-    size = elements * np.dtype(dtype).itemsize
     return memory, whole[page - size : page].view(dtype)
 
 

@@ -132,6 +132,45 @@ def test_row_maxima_are_those_of_each_row_wherever_they_lie(mr: int, nv: int) ->
         assert_bits(y, expected)
 
 
+def widened_kernel(mr: int, nv: int, packed: bool) -> Any:
+    @jit.kernel
+    def _widened_kernel(y, a, b, steps):
+        for _ in prange(1):
+            s = per_word(b)
+            acc = tile_zeros(mr, nv)
+            for p in range(steps):
+                at = p * nv * W * s
+                if packed:
+                    acc = tile_dot(acc, a, p * s * mr, 1, b, at, W * s, mr)
+                else:
+                    acc = tile_dot(acc, a, p * s, steps * s, b, at, W * s)
+            tile_store(acc, y, 0, nv * W)
+
+    return _widened_kernel
+
+
+@pytest.mark.skipif(jit.WIDE and not jit.INTERPRETED, reason="there is vdpbf16ps, or may be")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("mr", "nv"), [(6, 1), (4, 1), (2, 2), (1, 4), (3, 2)])
+def test_a_tile_of_float32_and_pairs_is_that_of_pairs(mr: int, nv: int, packed: bool) -> None:
+    rng, steps = np.random.default_rng(mr), 5
+    a, b = (
+        (rng.standard_normal(size).astype(F32).view(np.uint32) >> 16).astype(BF16)
+        for size in ((mr, 2 * steps), steps * 2 * nv * W)
+    )
+    wide = as_f32(a.T if packed else a).copy().reshape(-1)
+    kernel, y = widened_kernel(mr, nv, packed), np.empty(mr * nv * W, F32)
+    y, expected = both(kernel, y, wide, b, steps)
+    assert_last_place(y, expected, 32.0)
+    if not packed:
+        pairs, _ = both(kernel, y.copy(), a.reshape(-1), b, steps)
+        assert_bits(y, pairs)
+    exact = as_f32(a).astype(float) @ as_f32(b).astype(float).reshape(steps, nv * W, 2).swapaxes(
+        1, 2
+    ).reshape(2 * steps, nv * W)
+    np.testing.assert_allclose(y.reshape(mr, -1), exact, rtol=1e-5, atol=1e-5)
+
+
 @jit.kernel
 def _tile_of_pairs_kernel(y, a, b, count):
     for i in prange(count):

@@ -9,6 +9,7 @@ import pytest
 
 from pace_nb.errors import ModelFormatError
 from pace_nb.kernels import activation, jit, quant
+from pace_nb.kernels.gemm import NR
 from pace_nb.layers.moe import (
     ExpertLinear,
     Experts,
@@ -106,7 +107,7 @@ def test_a_projection_from_mxfp4_tensors(load, rng, dtype, stored, interleaved):
     np.testing.assert_allclose(linear(x, offsets), expected, atol=1e-5)
     # BF16 keeps four bits (17/32 byte per weight, in panels of 64 columns); f32 expands.
     held = sum(a.nbytes for a in vars(linear)["_weight"] if isinstance(a, np.ndarray))
-    assert held == (X * 64 * k * 17 // 32 if dtype == "bfloat16" else X * 64 * k * 4)
+    assert held == (X * 64 * k * 17 // 32 if dtype == "bfloat16" else X * NR * k * 4)
 
 
 def test_mxfp4_has_the_bits_of_the_same_weights_in_bf16(load, rng, stored):

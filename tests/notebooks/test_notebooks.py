@@ -42,7 +42,7 @@ SECTIONS = [
 ]
 FEWEST, MOST = 25, 40  # cells
 LARGEST = 60_000  # bytes of a picture
-LONGEST = 120  # seconds of one fast run
+LONGEST = 240  # seconds of one fast run, two beside each other
 MEASURED = re.compile(r"\d[\d.,]*\s*(GFLOP/s|GB/s|tokens/s|tok/s|ms|µs|us)\b")
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -75,6 +75,7 @@ def said(cell):
     """What a cell put out, as text that is the same on every machine."""
     text = "".join(outputs(cell, "stdout")) + "\n".join(outputs(cell, "text/plain"))
     text = re.sub(r"(?<=max error )\S+, bound \S+", "...", text)
+    text = re.sub(r"(?<=tiles of 6 x )\d+: \d+ of \d+", "...", text)  # 64 columns or 16
     return re.sub(r"0x[0-9a-f]{6,}", "0x...", text)
 
 
