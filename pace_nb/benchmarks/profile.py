@@ -123,15 +123,20 @@ def _elementwise(given: Arguments) -> Cost:
     return "", float(sum(x.nbytes for x in given.values() if isinstance(x, np.ndarray))), 0.0
 
 
+def _factor(given: Arguments) -> int:
+    """Bytes of the rows that are multiplied, as they were given: a kernel may have them widened."""
+    return int(given["a"].size * given.get("b", given["a"]).itemsize)
+
+
 def _gemm(given: Arguments) -> Cost:
     m, n, k = given["m"], given["n"], given["k"]
-    moved = given["a"].nbytes + given["b"].nbytes + given["c"].nbytes
+    moved = _factor(given) + given["b"].nbytes + given["c"].nbytes
     return f"M={m} N={n} K={k}", moved, 2.0 * m * n * k
 
 
 def _mlp(given: Arguments) -> Cost:
     m, n, k = given["m"], given["parts"] * given["f"], given["k"]
-    moved = given["a"].nbytes + given["b"].nbytes + given["h"].nbytes
+    moved = _factor(given) + given["b"].nbytes + given["h"].nbytes
     return f"M={m} N={n} K={k}", moved, 2.0 * m * n * k
 
 
@@ -139,7 +144,7 @@ def _grouped_gemm(given: Arguments) -> Cost:
     n, k, offsets = given["n"], given["k"], given["offsets"]
     weights = sum(x.nbytes for name, x in given.items() if name in ("b", "codes", "scales"))
     busy = len(given["busy"]) / (len(offsets) - 1)
-    moved = weights * busy + given["a"].nbytes + given["c"].nbytes
+    moved = weights * busy + _factor(given) + given["c"].nbytes
     return f"N={n} K={k}", moved, 2.0 * float(offsets[-1]) * n * k
 
 
