@@ -318,6 +318,7 @@ def attend(
             planned.work,
             planned.words,
         )
+    with jit.threads_for(planned.values.nbytes):
         _fold_kernel(
             planned.cu_seqlens_q,
             planned.num_splits,

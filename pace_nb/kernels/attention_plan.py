@@ -195,7 +195,7 @@ def operands(
         writable(kernel, "out", out)
     if not q.flags.writeable:
         q = q.copy()
-    sign = float(np.sign(scale))
+    sign = float((scale > 0) - (scale < 0))
     return Operands(
         q,
         pool.k.reshape(-1),

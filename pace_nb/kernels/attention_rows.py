@@ -196,7 +196,8 @@ def _score_tile(mr):
 
     @jit.device_fn
     def scores_by_unit(q, q0, d, k, k0, asked, later, work, w0, tops):
-        # The same, with tiles of one unit.
+        # The same, with tiles of one unit: keys in the order of memory, where there are rows enough
+        # to keep the units busy, or no registers for more.
         s = per_word(k)
         tops_so_far = splat(FLOOR)
         for j in range(4):
@@ -209,7 +210,7 @@ def _score_tile(mr):
             tops_so_far = maximum(tops_so_far, tile_row_maxima(acc))
         store(work, tops, tops_so_far)
 
-    return scores if jit.WIDE or mr == 1 else scores_by_unit
+    return scores if mr == (MR if jit.WIDE else 1) else scores_by_unit
 
 
 def _value_tile(nv, mr):

@@ -81,8 +81,11 @@ SIDE = 0 if jit.WIDE else 4  # rows times panels side by side; 0: never
 # Rows that are one tile if there is one more, and two or three if not. With 16 registers, where a
 # tile of a row or two takes as long as one of four, that is every odd number but 1.
 UNEVEN = (3, 5, 7)
-# Steps of k that a panel read once is asked for in advance: 4 KiB, where the hardware's prefetcher,
-# which stops at the end of a page, has not gone yet.
+# A panel that is read once is one stream. Two to FED rows leave it to the hardware's prefetcher,
+# which asking would disturb: four rows read at 99 % of the DRAM rate without, at 80 % with. One
+# row, which meets a line every cycle, and more than FED, which take their time, ask so many steps
+# of k ahead: 4 KiB, where the hardware's prefetcher, which stops at the end of a page, is not yet.
+FED = 4
 AHEAD = 1024 // NR
 # While a block meets its last rows, the next one is asked for, so that its first rows find it in
 # L2: DRAM would feed them four times slower than they compute. Earlier, A would push it out again.
@@ -204,7 +207,7 @@ def _row_tile(mr):
             if rate == ONCE:
                 for line in range(LINES):
                     prefetch_once(b, at + (AHEAD * NR + line * 16) * s)
-            else:
+            elif rate:
                 line = after + (asked >> FRACTION) * AT_ONCE * 16 * s
                 prefetch(b, line)
                 if AT_ONCE == 2:
@@ -294,7 +297,9 @@ def _block(
     # Rows, in whole tiles from the first to the last, in step with which the next block is asked
     # for: a tile of mr rows asks for mr / asking of it, AT_ONCE lines at a time.
     asking = min(end - row0, ASKING + (end - row0 - ASKING) % MR)
-    rate = ONCE if m <= TALL else (LINES << FRACTION) // (AT_ONCE * asking)
+    rate = (LINES << FRACTION) // (AT_ONCE * asking)
+    if m <= TALL:
+        rate = ONCE if m == 1 or m > FED else 0
     i = row0
     while i < end:
         late = i - (end - asking)

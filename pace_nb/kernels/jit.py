@@ -12,6 +12,9 @@ Decisions, each with its reason:
   away (docs/adr/0011).
 - `error_model="numpy"`: a division never raises, so no kernel has an exception path.
 - `nogil`: the kernel thread must not stop Python threads.
+- `_nrt=False`: arrays belong to the caller, and kernels make none. With Numba's reference counts,
+  atomic and shared by the threads, a device function that branches counts every array it is given,
+  each time it runs: half of the time to rotate a head of 64, 3 % of a decode step of a 1B model.
 - Cache: numba's own index has cross-process races (numba#4807: two signatures may share a data
   file), its files are unauthenticated pickles and its freshness test sees only the defining file.
   So: one file per signature, a SHA-256 at its end, in a private 0700 directory whose name hashes
@@ -421,7 +424,8 @@ def _announce_compile(name: str) -> None:
 
 
 # ---- decorators ----------------------------------------------------------------------------------
-_FLAGS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}  # reasons: the module docstring
+# Reasons: the module docstring.
+_FLAGS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
 
 
 _kernels: list[tuple[dict[str, Any], str]] = []

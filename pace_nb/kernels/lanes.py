@@ -373,7 +373,9 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
 
 
 def prefetch(x: np.ndarray, i: int) -> None:
-    """Ask for the cache line of x[i]; any i, also outside the array. Nothing when interpreted."""
+    """Ask for the cache line of x[i], into L2; any i, also outside the array. Nothing when
+    interpreted. (L1 has few buffers for lines on their way, which loads and the hardware's own
+    prefetching need: ledger, attention_decode.)"""
 
 
 def prefetch_once(x: np.ndarray, i: int) -> None:
@@ -381,7 +383,7 @@ def prefetch_once(x: np.ndarray, i: int) -> None:
 
 
 def _prefetch(keep: int) -> Emit:
-    """LLVM's prefetch for reading data; `keep` from 0 (used once) to 3 (keep in all caches)."""
+    """LLVM's prefetch for reading data; `keep` 0: used once; 2: into L2, not L1."""
 
     def emit(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
         index = ctx.cast(bld, args[1], sig.args[1], types.intp)
@@ -393,7 +395,7 @@ def _prefetch(keep: int) -> Emit:
     return emit
 
 
-llvm_body(prefetch, lambda x, i: types.void if is_memory(x) else None)(_prefetch(3))
+llvm_body(prefetch, lambda x, i: types.void if is_memory(x) else None)(_prefetch(2))
 llvm_body(prefetch_once, lambda x, i: types.void if is_memory(x) else None)(_prefetch(0))
 
 

@@ -12,8 +12,8 @@
 | Q     | [T, H, D]   | BF16, f32 | contiguous; what attention multiplies K with       |
 | pool  |             |           | `kv_write.py`                                      |
 
-Moves: T D (H + 2 KVH) (4 + size(pool)) bytes, and normalized heads and rotated keys on their way,
-    which stay in L2.
+Moves: T D (H + 2 KVH) (4 + size(pool)) bytes; a normalized head and a unit's rotated keys stay in
+    L1 on their way.
 Does: 3 T R (H + KVH) FLOPs, 4 T D (H + KVH) more with norms. Bound by memory, and for few tokens by
     being called: one launch where two norms, two rotations and writing were five, each with checks.
 Error: that of `rms_norm` and `rope`, rounded to storage once; a row's bits are those of `rms_norm`,
@@ -33,7 +33,7 @@ import numpy as np
 from numba import prange
 
 from pace_nb.kernels import jit
-from pace_nb.kernels.arrays import NOTHING, Array, flat_heads, require
+from pace_nb.kernels.arrays import NOTHING, Array, flat_heads, require, writable
 from pace_nb.kernels.bf16 import narrow
 from pace_nb.kernels.kv_write import (
     KVPool,
@@ -45,6 +45,8 @@ from pace_nb.kernels.kv_write import (
 )
 from pace_nb.kernels.norm import check_eps, rms_norm_ref, rms_norm_row
 from pace_nb.kernels.rope import Rotation, check_rotation, rope_ref, rotate_head
+
+APART = 64  # elements between the scratch of two threads: no cache line is written by both
 
 
 class HeadNorms(NamedTuple):
@@ -85,25 +87,24 @@ def _rope_kv_write_kernel(
 ):  # fmt: skip
     # A thread has a share of the units' heads, as in kv_write.py, and one of the tokens' queries:
     # dealt out as one row of tasks, which differ tenfold, they would all wait for the first thread.
-    # On their way are `normed`, q's heads [T, H, D] and k's [T, KVH, D], empty without norms, and
-    # `keys` [units, KVH, longest, D], rotated: a task reads what it wrote itself, row by row at
-    # `D`, as rows of a token lie a power of two apart and would push each other out of L1.
-    writes, group = units * kv_heads, heads // kv_heads
+    # On their way, in scratch of a thread that stays in L1: `normed`, one head, empty without
+    # norms, and `keys` [longest, D], rotated, of one unit. They lie side by side there, as rows of
+    # a token lie a power of two apart and would push each other out of L1.
+    writes, group, own = units * kv_heads, heads // kv_heads, longest * d + APART
     for w in prange(workers):
+        n0 = w * (d + APART)
         for task in range(w * writes // workers, (w + 1) * writes // workers):
             i, h = task // kv_heads, task % kv_heads
             unit, slot, end, t = rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]
-            own = task * longest
             for r in range(t, t + end - slot):
-                c0, x0, y0 = positions[r] * half, r * k_row + h * k_head, (own + r - t) * d
+                c0, x0, y0 = positions[r] * half, r * k_row + h * k_head, w * own + (r - t) * d
                 x = k
                 if normed.size:
-                    n0 = (tokens * heads + r * kv_heads + h) * d
                     rms_norm_row(k, x0, k_weight, eps, normed, n0, d)
                     x, x0 = normed, n0
                 rotate_head(x, x0, cos, sin, c0, half, interleaved, keys, y0, d)
             p = (h * in_pool + unit) * 16
-            write_keys(keys, own * d, d, pool_k, p * d, slot, end, d, s)
+            write_keys(keys, w * own, d, pool_k, p * d, slot, end, d, s)
             write_values(v, t * v_row + h * v_head, v_row, pool_v, p * dp, slot, end, d, dp, s)
         for task in range(w * tokens * kv_heads // workers, (w + 1) * tokens * kv_heads // workers):
             t, first = task // kv_heads, task % kv_heads * group
@@ -111,8 +112,8 @@ def _rope_kv_write_kernel(
                 c0, x0, y0 = positions[t] * half, t * q_row + h * q_head, (t * heads + h) * d
                 x = q
                 if normed.size:
-                    rms_norm_row(q, x0, q_weight, eps, normed, y0, d)
-                    x, x0 = normed, y0
+                    rms_norm_row(q, x0, q_weight, eps, normed, n0, d)
+                    x, x0 = normed, n0
                 rotate_head(x, x0, cos, sin, c0, half, interleaved, queries, y0, d)
 
 
@@ -125,13 +126,14 @@ def rope_kv_write(
     pool: KVPool,
     planned: WritePlan,
     norms: HeadNorms | None = None,
+    out: Array | None = None,
 ) -> Array:
     """Rotate q and k, write k and v of a planned step into one layer's pool; returns Q.
 
     q [T, H, D], k and v [T, KVH, D] f32, any strides with a contiguous last axis; rotation of
     `rope.rotation`, planned of `kv_write.plan`; norms: what the heads of q and k go through before.
-    Q [T, H, D] in the pool's dtype. ValueError or TypeError names the argument that does not fit,
-    before anything is written.
+    Q [T, H, D] in the pool's dtype, contiguous, is `out`, or allocated if that is None. ValueError
+    or TypeError names the argument that does not fit, before anything is written.
     """
     name = "rope_kv_write"
     kv_heads, d, s = check_rows(name, k, v, pool, planned)
@@ -142,19 +144,26 @@ def rope_kv_write(
     if q.shape[1] % kv_heads:
         raise ValueError(f"{name}: q has {q.shape[1]} heads, expected a multiple of {kv_heads}")
     check_rotation(name, rotation, tokens, d)
-    weights, eps, on_their_way = (NOTHING, NOTHING), 0.0, 0
+    if out is None:
+        out = np.empty(q.shape, pool.k.dtype)
+    elif any(np.may_share_memory(x, out) for x in (q, k, v)):
+        raise ValueError(f"{name}: out shares memory with q, k or v, which are read until the end")
+    require(name, "out", out, q.shape, (pool.k.dtype,))
+    writable(name, "out", out)
+    weights, eps, normed = (NOTHING, NOTHING), 0.0, 0
     if norms is not None:
         require(name, "norms.q", norms.q, (d,))
         require(name, "norms.k", norms.k, (d,))
         check_eps(name, "norms.eps", norms.eps)
         weights = np.ascontiguousarray(norms.q), np.ascontiguousarray(norms.k)
-        eps, on_their_way = norms.eps, q.size + k.size
-    queries = np.empty(q.shape, pool.k.dtype)
+        eps, normed = norms.eps, d
     if jit.use_reference():
         exact = rope_kv_write_ref(q, k, v, rotation, pool, planned, norms)
-        queries[...] = narrow(exact, queries.dtype)
-        return queries
+        out[...] = narrow(exact, out.dtype)
+        return out
+    keys = planned.longest * d
     with jit.threads_for(4 * q.nbytes):  # some arithmetic goes with the bytes
+        workers = jit.num_threads()
         _rope_kv_write_kernel(
             *flat_heads(q),
             weights[0],
@@ -162,14 +171,14 @@ def rope_kv_write(
             weights[1],
             *flat_heads(v),
             eps,
-            np.empty(on_their_way, np.float32),
+            np.empty(workers * (normed + APART) if normed else 0, np.float32),
             rotation.rows,
             rotation.cos.reshape(-1),
             rotation.sin.reshape(-1),
             rotation.cos.shape[1],
             rotation.interleaved,
-            queries.reshape(-1),
-            np.empty(len(planned.rows) * kv_heads * planned.longest * d, pool.k.dtype),
+            out.reshape(-1),
+            np.empty(workers * (keys + APART), pool.k.dtype),
             pool.k.reshape(-1),
             pool.v.reshape(-1),
             tokens,
@@ -182,6 +191,6 @@ def rope_kv_write(
             len(planned.rows),
             planned.longest,
             planned.rows.reshape(-1),
-            jit.num_threads(),
+            workers,
         )
-    return queries
+    return out

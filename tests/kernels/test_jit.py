@@ -455,6 +455,26 @@ def test_assembly_is_that_of_the_kernel() -> None:
     assert any(v in text for v in vectors.split("|"))
 
 
+@compiled_only
+def test_kernels_count_no_references() -> None:
+    @jit.device_fn
+    def _row(y, x, at, n):
+        if n < 16:  # a branch: Numba leaves the counting around it in
+            y[at] = x[at]
+        else:
+            store(y, at, load(x, at))
+
+    @jit.kernel
+    def _rows_kernel(y, x, n):
+        for i in prange(n):
+            _row(y, x, 16 * i, 16 * (i + 1))
+
+    x, y = np.ones(32, np.float32), np.zeros(32, np.float32)
+    _rows_kernel(y, x, 2)
+    np.testing.assert_array_equal(y, x)
+    assert "NRT_" not in jit.assembly(_rows_kernel)
+
+
 def test_the_machine_is_described_in_one_line() -> None:
     line, features = jit.isa_path(), jit.cpu_features()
     assert "\n" not in line

@@ -138,6 +138,28 @@ def test_bad_norms_are_named(norms: Any, message: str) -> None:
     assert not POOL.k.any() and not POOL.v.any()
 
 
+def test_out_is_filled_and_returned():
+    pool, mine = (new_pool(5, KV_HEADS, 24, np.float32) for _ in range(2))
+    out = np.full(Q.shape, 7, np.float32)
+    assert rope_kv_write(Q, K, V, TURNS, pool, PLAN, out=out) is out
+    np.testing.assert_array_equal(out, rope_kv_write(Q, K, V, TURNS, mine, PLAN))
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (np.empty((19, 6, 12), np.float32), r"out has shape \(19, 6, 12\), expected \(19, 6, 24\)"),
+        (np.empty((19, 6, 24), np.uint16), "out has dtype uint16, expected float32"),
+        (np.empty((19, 12, 24), np.float32)[:, ::2], "out is not a contiguous, writable array"),
+        (Q, "out shares memory with q, k or v"),
+    ],
+)
+def test_bad_out_is_named(out: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"rope_kv_write: {message}"):
+        rope_kv_write(Q, K, V, TURNS, POOL, PLAN, out=out)
+    assert not POOL.k.any() and not POOL.v.any()
+
+
 def test_positions_beyond_the_tables():
     with pytest.raises(ValueError, match="rope: positions holds 32, expected 0 to 31"):
         rotation(COS, SIN, np.array([0, 32]))
