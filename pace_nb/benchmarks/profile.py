@@ -71,7 +71,7 @@ class Profile:
         shape, moved, flops = _COSTS.get(name, _elementwise)(given)
         module, kernel = name.split(".")
         label = kernel.strip("_").removesuffix("_kernel")
-        label = module if label == "attend" else label
+        label = module if label in ("attend", "attend_few") else label
         total = self._calls.setdefault(f"{label} {shape}".strip(), [0, 0.0, 0.0, 0.0])
         for i, x in enumerate((1, seconds, moved, flops)):
             total[i] += x
@@ -197,6 +197,7 @@ _COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "rope._rope_kernel": _rope,
     "kv_write._kv_write_kernel": _kv_write,
     "rope_kv_write._rope_kv_write_kernel": _rope_kv_write,
+    "attention_decode._attend_few_kernel": _attend,
     "attention_decode._attend_kernel": _attend,
     "attention_prefill._attend_kernel": _attend,
 }

@@ -120,50 +120,50 @@ def _work(position, tokens, group, sizes, split):
     return max(high - low, 0) * (READ + tokens * group)
 
 
-@jit.kernel
-def _attend_kernel(
-    q,
-    token_stride,
-    head_stride,
-    k,
-    v,
-    table,
-    cu_seqlens_q,
-    contexts,
-    first_split,
-    num_splits,
-    sequences,
-    sizes,
-    sign,
-    scale,
-    top,
-    total,
-    values,
-    storage,
-    work,
-    words,
-):
-    # One piece per (sequence, group of query tokens, key/value head, split): it reads its keys once
-    # for all its rows and leaves m, l, o in `rows` rows of top, total, values. A worker takes one
-    # run of pieces after the other, so that the keys after a split are what it reads next: those
-    # that begin in its share of all the work.
-    in_pool, units_per_block = sizes[IN_POOL], sizes[UNITS_PER_BLOCK]
-    kv_heads, group, d, dp = sizes[KV_HEADS], sizes[GROUP], sizes[D], sizes[DP]
-    tokens, rows, workers = sizes[TOKENS], sizes[ROWS_OF_TASK], sizes[WORKERS]
-    size = len(storage) // workers
-    all_work = 0
-    for b in sequences:
-        queries = cu_seqlens_q[b + 1] - cu_seqlens_q[b]
-        for t in range(0, queries, tokens):
-            n, position = min(tokens, queries - t), contexts[b] - queries + t
-            for split in range(first_split[b], first_split[b] + num_splits[b]):
-                all_work += kv_heads * _work(position, n, group, sizes, split)
-    for w in prange(workers):
+@jit.device_fn
+def _attend_any(
+    q, k, v, head, table, t0, units_per_block, d, dp, tokens, group, position, window, chunk, scale,
+    split, words, work, p, top, total, values, r0,
+):  # fmt: skip
+    """`attend_few` or `attend_split`, by the number of rows."""
+    if tokens * group <= FEW:
+        attend_few(
+            q, k, v, head, table, t0, units_per_block, d, dp, tokens, group, position, window,
+            chunk, scale, split, words, work, p, top, total, values, r0,
+        )  # fmt: skip
+    else:
+        attend_split(
+            q, k, v, head, table, t0, units_per_block, d, dp, tokens, group, position, window,
+            chunk, scale, split, words, work, p, top, total, values, r0,
+        )  # fmt: skip
+
+
+def _share_with(attend):
+    """The device function for a worker's share of the pieces, each computed by `attend`.
+
+    One piece per (sequence, group of query tokens, key/value head, split): it reads its keys once
+    for all its rows and leaves m, l, o in `rows` rows of top, total, values. A worker takes one run
+    of pieces after the other, so that the keys after a split are what it reads next: those that
+    begin in its share of all the work.
+    """
+
+    @jit.device_fn
+    def share(
+        w, q, token_stride, head_stride, k, v, table, cu_seqlens_q, contexts, first_split,
+        num_splits, sequences, sizes, sign, scale, top, total, values, storage, work, words,
+        all_work,
+    ):  # fmt: skip
+        in_pool, units_per_block = sizes[IN_POOL], sizes[UNITS_PER_BLOCK]
+        kv_heads, group, d, dp = sizes[KV_HEADS], sizes[GROUP], sizes[D], sizes[DP]
+        tokens, rows, workers = sizes[TOKENS], sizes[ROWS_OF_TASK], sizes[WORKERS]
+        size = len(storage) // workers
         own = storage[w * size : w * size + size]
         p = own[rows * d :]
+        my_words, my_work = words[w * WORDS : (w + 1) * WORDS], work[w * WORK : w * WORK + WORK]
         piece, before = 0, 0
         for b in sequences:
             q0, queries = cu_seqlens_q[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b]
+            t0 = b * sizes[TABLE_STRIDE]
             for t in range(0, queries, tokens):
                 n, position = min(tokens, queries - t), contexts[b] - queries + t
                 for h in range(kv_heads):
@@ -176,60 +176,60 @@ def _attend_kernel(
                                     q, start, token_stride, head_stride, n, group, d, sign, own
                                 )
                                 gathered = True
-                            if n * group <= FEW:
-                                attend_few(
-                                    own,
-                                    k,
-                                    v,
-                                    h * in_pool,
-                                    table,
-                                    b * sizes[TABLE_STRIDE],
-                                    units_per_block,
-                                    d,
-                                    dp,
-                                    n,
-                                    group,
-                                    position,
-                                    sizes[WINDOW],
-                                    sizes[CHUNK],
-                                    scale,
-                                    split,
-                                    words[w * WORDS : (w + 1) * WORDS],
-                                    work[w * WORK : w * WORK + WORK],
-                                    p,
-                                    top,
-                                    total,
-                                    values,
-                                    piece * rows,
-                                )
-                            else:
-                                attend_split(
-                                    own,
-                                    k,
-                                    v,
-                                    h * in_pool,
-                                    table,
-                                    b * sizes[TABLE_STRIDE],
-                                    units_per_block,
-                                    d,
-                                    dp,
-                                    n,
-                                    group,
-                                    position,
-                                    sizes[WINDOW],
-                                    sizes[CHUNK],
-                                    scale,
-                                    split,
-                                    words[w * WORDS : (w + 1) * WORDS],
-                                    work[w * WORK : w * WORK + WORK],
-                                    p,
-                                    top,
-                                    total,
-                                    values,
-                                    piece * rows,
-                                )
+                            attend(
+                                own, k, v, h * in_pool, table, t0, units_per_block, d, dp, n, group,
+                                position, sizes[WINDOW], sizes[CHUNK], scale, split, my_words,
+                                my_work, p, top, total, values, piece * rows,
+                            )  # fmt: skip
                         before += _work(position, n, group, sizes, split)
                         piece += 1
+
+    return share
+
+
+_few_share, _any_share = _share_with(attend_few), _share_with(_attend_any)
+
+
+@jit.device_fn
+def _all_work(cu_seqlens_q, contexts, first_split, num_splits, sequences, sizes):
+    """What all pieces cost together."""
+    tokens, work = sizes[TOKENS], 0
+    for b in sequences:
+        queries = cu_seqlens_q[b + 1] - cu_seqlens_q[b]
+        for t in range(0, queries, tokens):
+            n, position = min(tokens, queries - t), contexts[b] - queries + t
+            for split in range(first_split[b], first_split[b] + num_splits[b]):
+                work += sizes[KV_HEADS] * _work(position, n, sizes[GROUP], sizes, split)
+    return work
+
+
+# Two kernels, of which most users need the first alone: the second takes as long again to compile.
+@jit.kernel
+def _attend_few_kernel(
+    q, token_stride, head_stride, k, v, table, cu_seqlens_q, contexts, first_split, num_splits,
+    sequences, sizes, sign, scale, top, total, values, storage, work, words,
+):  # fmt: skip
+    everything = _all_work(cu_seqlens_q, contexts, first_split, num_splits, sequences, sizes)
+    for w in prange(sizes[WORKERS]):
+        _few_share(
+            w, q, token_stride, head_stride, k, v, table, cu_seqlens_q, contexts, first_split,
+            num_splits, sequences, sizes, sign, scale, top, total, values, storage, work, words,
+            everything,
+        )  # fmt: skip
+
+
+@jit.kernel
+def _attend_kernel(
+    q, token_stride, head_stride, k, v, table, cu_seqlens_q, contexts, first_split, num_splits,
+    sequences, sizes, sign, scale, top, total, values, storage, work, words,
+):  # fmt: skip
+    everything = _all_work(cu_seqlens_q, contexts, first_split, num_splits, sequences, sizes)
+    for w in prange(sizes[WORKERS]):
+        _any_share(
+            w, q, token_stride, head_stride, k, v, table, cu_seqlens_q, contexts, first_split,
+            num_splits, sequences, sizes, sign, scale, top, total, values, storage, work, words,
+            everything,
+        )  # fmt: skip
 
 
 @jit.kernel
@@ -295,8 +295,9 @@ def attend(
             given.out[mine] = bf16.narrow(exact[mine], given.out.dtype)
         return given.out
     flat, token_stride, head_stride = flat_heads(given.q)
+    kernel = _attend_few_kernel if planned.sizes[ROWS_OF_TASK] <= FEW else _attend_kernel
     with jit.threads_for(planned.key_bytes):
-        _attend_kernel(
+        kernel(
             flat,
             token_stride,
             head_stride,

@@ -13,7 +13,7 @@ give the same bits for the same row: the choice changes speed only.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from pace_nb.kernels import (
     kv_write,
     rope,
 )
+from pace_nb.kernels.attention_rows import FEW
 from pace_nb.kernels.kv_write import KVPool
 from pace_nb.kernels.rope import Rotation
 from pace_nb.kernels.rope_kv_write import HeadNorms, rope_kv_write
@@ -35,17 +36,17 @@ from pace_nb.layers.weights import Float32Array
 
 Int32Array = NDArray[np.int32]
 
-# Up to here a sequence's query rows are bound by reading its keys and values, as one row is; above,
-# the prefill kernel's tiles pay. Ledger: attention_decode.
-DECODE_QUERY_LEN = 16
-
-
 Kernel = Literal["attention_decode", "attention_prefill"]
 
 
-def choose_kernel(query_len: int) -> Kernel:
-    """The attention kernel for a sequence with this many query tokens in the step."""
-    return "attention_decode" if query_len <= DECODE_QUERY_LEN else "attention_prefill"
+def choose_kernel(query_len: int, group: int) -> Kernel:
+    """The attention kernel for a sequence with this many query tokens in the step.
+
+    group: query heads per key/value head. Few rows are bound by reading the keys: in order, and
+    split among threads. More take the tiles of a prompt.
+    """
+    few = query_len == 1 or query_len * group <= FEW
+    return "attention_decode" if few else "attention_prefill"
 
 
 class Calls(NamedTuple):
@@ -61,13 +62,8 @@ class Step:
     def __init__(self, batch: Batch, kv: BatchKV) -> None:
         self.batch = batch
         self.kv = kv
-        query_lens = np.diff(batch.cu_seqlens_q)
-        self.sequence_lens: Int32Array = np.repeat(batch.seq_lens, query_lens)  # [T]
-        chosen = [choose_kernel(n) for n in query_lens.tolist()]
-        self._sequences: dict[Kernel, NDArray[np.int64]] = {
-            kernel: np.array([i for i, name in enumerate(chosen) if name == kernel], np.int64)
-            for kernel in get_args(Kernel)
-        }
+        self._query_lens = np.diff(batch.cu_seqlens_q)
+        self.sequence_lens: Int32Array = np.repeat(batch.seq_lens, self._query_lens)  # [T]
         # For layers whose positions enter elsewhere or nowhere: tables of no angles.
         none = np.empty((1, 0), np.float32)
         self.unturned = rope.rotation(none, none, np.zeros(len(batch.token_ids), np.int64))
@@ -109,7 +105,9 @@ class Step:
         window: int,
         chunk: int,
     ) -> attention_plan.Plan | None:
-        mine, batch = self._sequences[kernel], self.batch
+        batch, group = self.batch, q_shape[1] // pool.k.shape[0]
+        lens = enumerate(self._query_lens.tolist())
+        mine = np.array([i for i, n in lens if choose_kernel(n, group) == kernel], np.int64)
         if not len(mine):
             return None
         return attention_plan.plan(

@@ -99,20 +99,29 @@ def test_compiled_and_interpreted_agree(scenario: Any, tmp_path: Path) -> None:
     jit.INTERPRETED or not {"avx512f", "avx512bf16"} <= jit.cpu_features(),
     reason="the CPU has no vdpbf16ps",
 )
-def test_assembly_has_full_tiles_in_registers(scenario: Any) -> None:
-    case = scenario([20], [1], d=64)
+@pytest.mark.parametrize(
+    ("name", "rows", "dots", "loops_of_them"),
+    [
+        ("_attend_kernel", 16, 24, 2),  # 6 rows x 4 vectors: of scores, and of values
+        ("_attend_few_kernel", 1, 16, 1),  # 2 rows x 8 vectors of values
+    ],
+)
+def test_assembly_has_full_tiles_in_registers(
+    scenario: Any, name: str, rows: int, dots: int, loops_of_them: int
+) -> None:
+    case = scenario([20], [rows], d=64)
     attention_decode(*case.arguments)
-    bf16 = [types for types in module._attend_kernel.signatures if types[0].dtype.name == "uint16"]
-    one = SimpleNamespace(py_func=module._attend_kernel.py_func, signatures=bf16[:1])
-    assembly = jit.assembly(one)
+    kernel = getattr(module, name)
+    bf16 = [types for types in kernel.signatures if types[0].dtype.name == "uint16"]
+    assembly = jit.assembly(SimpleNamespace(py_func=kernel.py_func, signatures=bf16[:1]))
     loops = inner_loops(assembly)
-    tiles = [loop for loop in loops if sum("vdpbf16ps" in line for line in loop) >= 24]
-    assert len(tiles) >= 2, "no loop of 24 dot products for the scores, or none for the values"
+    tiles = [loop for loop in loops if sum("vdpbf16ps" in line for line in loop) >= dots]
+    assert len(tiles) >= loops_of_them, f"no loop of {dots} dot products"
     for loop in loops:
         assert not [line for line in loop if on_stack(line)], "\n".join(loop)
     lines = assembly.splitlines()
-    dots = [i for i, line in enumerate(lines) if "vdpbf16ps" in line]
-    spilled = sum(map(on_stack, lines[dots[0] : dots[-1]]))
+    places = [i for i, line in enumerate(lines) if "vdpbf16ps" in line]
+    spilled = sum(map(on_stack, lines[places[0] : places[-1]]))
     assert spilled < 24, f"{spilled} vectors move to or from the stack around the loops: a tile?"
 
 

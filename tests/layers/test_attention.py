@@ -12,7 +12,7 @@ from pace_nb.config import CacheConfig
 from pace_nb.kernels.kv_write import new_pool
 from pace_nb.kv_cache.base import BatchKV, KVCacheConfig, KVView
 from pace_nb.kv_cache.contiguous import ContiguousCache
-from pace_nb.layers.attention import DECODE_QUERY_LEN, Attention, Sees, Step, choose_kernel
+from pace_nb.layers.attention import Attention, Sees, Step, choose_kernel
 from pace_nb.layers.module import Module
 from pace_nb.layers.rope import RopeParameters, RotaryEmbedding
 
@@ -150,10 +150,12 @@ def test_the_cache_keeps_layers_apart(rng):
     assert not np.array_equal(cache.layer(0).v, cache.layer(1).v)
 
 
-def test_the_kernel_is_chosen_by_query_length():
-    assert choose_kernel(1) == "attention_decode"
-    assert choose_kernel(DECODE_QUERY_LEN) == "attention_decode"
-    assert choose_kernel(DECODE_QUERY_LEN + 1) == "attention_prefill"
+def test_the_kernel_is_chosen_by_rows():
+    assert choose_kernel(1, 4) == choose_kernel(3, 4) == "attention_decode"
+    assert choose_kernel(4, 4) == "attention_prefill"
+    assert choose_kernel(12, 1) == "attention_decode"
+    assert choose_kernel(13, 1) == "attention_prefill"
+    assert choose_kernel(1, 16) == "attention_decode", "a token's keys are always split"
 
 
 def test_tokens_know_the_length_of_their_whole_sequence():
@@ -163,7 +165,7 @@ def test_tokens_know_the_length_of_their_whole_sequence():
 
 
 def test_each_kernel_is_called_once_with_its_sequences():
-    long = DECODE_QUERY_LEN + 5
+    long = 21
     spans = [("a", 9, 1), ("b", 0, 2), ("c", 4, long), ("d", 0, long), ("e", 30, 1)]
 
     pool = new_pool(8, 1, 32, np.float32)
