@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,8 +122,9 @@ def test_assembly_has_full_tiles_in_registers(
         assert not [line for line in loop if on_stack(line)], "\n".join(loop)
     lines = assembly.splitlines()
     places = [i for i, line in enumerate(lines) if "vdpbf16ps" in line]
-    spilled = sum(map(on_stack, lines[places[0] : places[-1]]))
-    assert spilled < 24, f"{spilled} vectors move to or from the stack around the loops: a tile?"
+    # Constants may come from the stack; what goes there is a part of a tile, or of a softmax.
+    spilled = sum(bool(re.search(r"%zmm\d+, .*\(%rsp\)", x)) for x in lines[places[0] : places[-1]])
+    assert spilled < 12, f"{spilled} vectors move to the stack around the loops: a tile?"
 
 
 def on_stack(line: str) -> bool:
