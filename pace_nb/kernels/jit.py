@@ -439,6 +439,7 @@ def kernels() -> list[tuple[dict[str, Any], str]]:
 def kernel(func: Callable[..., Any]) -> Callable[..., Any]:
     """A compiled entry point with one `prange` loop, called by a wrapper that checks all.
 
+    It makes no arrays, nor reduces over `prange`, for which Numba would: all it needs is given.
     Kernels of this folder are cached on disk; those written elsewhere are compiled in each process.
     """
     if _hashed(func):

@@ -103,8 +103,7 @@ def test_keys_are_in_the_order_of_their_floats() -> None:
 
 
 @jit.kernel
-def _threshold_kernel(x, shares, step, needed, out):
-    bins = np.zeros(DIGITS, np.int64)
+def _threshold_kernel(x, shares, step, needed, bins, out):
     for _ in prange(1):
         key, above = threshold(x, len(x), shares, step, needed, bins)
         kept = 0
@@ -126,14 +125,13 @@ def test_a_threshold_is_where_the_sum_is_reached(v: int, step: float) -> None:
         for needed in {1, int(reached[-1]) // 3 + 1, int(reached[-1])}:
             last = x[order[int(np.searchsorted(reached, needed))]]
             out = np.zeros(2, np.int64)
-            _threshold_kernel(x, shares, stride, needed, out)
+            _threshold_kernel(x, shares, stride, needed, np.zeros(DIGITS, np.int64), out)
             assert out[0] == (x >= last).sum()
             assert out[1] == each[x > last].sum()
 
 
 @jit.kernel
-def _row_kernel(x, v, k, bound, floor, temperature, peaks, sums, values, ids, shares, out):
-    bins = np.ones(DIGITS + 1, np.int64)
+def _row_kernel(x, v, k, bound, floor, temperature, peaks, sums, values, ids, shares, bins, out):
     for _ in prange(1):
         top, _first = largest_of(x, 0, v, peaks)
         n = collect(x, 0, v, peaks, top, temperature, bound, floor, values, ids)
@@ -157,7 +155,8 @@ def test_rows_by_definition(v: int, step: float, temperature: float) -> None:
     for k, bound, floor in ((0, -np.inf, -np.inf), (v // 2, 0.0, -5.0), (v - 1, -1.0, -np.inf)):
         out = np.zeros(4)
         bounds = np.float32(bound), np.float32(floor)
-        _row_kernel(x, v, k, *bounds, t, peaks, sums, values, ids, shares, out)
+        bins = np.ones(DIGITS + 1, np.int64)
+        _row_kernel(x, v, k, *bounds, t, peaks, sums, values, ids, shares, bins, out)
         kept = np.flatnonzero((x >= bounds[0]) & (scaled >= bounds[1]))
         n = int(out[0])
         assert ids[:n].tolist() == kept.tolist()
@@ -176,5 +175,6 @@ def test_a_peak_bounds_tightly_where_there_are_many() -> None:
     values, ids = np.empty(v + 16, np.float32), np.empty(v + 16, np.int32)
     shares, sums, out = np.empty(v + 16, np.int64), np.empty(40, np.int64), np.zeros(4)
     peaks, f = np.empty(num_peaks(v), np.float32), np.float32
-    _row_kernel(x, v, 49, f(np.inf), f(0), f(1), peaks, sums, values, ids, shares, out)
+    bins = np.ones(DIGITS + 1, np.int64)
+    _row_kernel(x, v, 49, f(np.inf), f(0), f(1), peaks, sums, values, ids, shares, bins, out)
     assert 50 <= (x >= out[3]).sum() <= 75
