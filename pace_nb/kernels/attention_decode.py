@@ -203,7 +203,7 @@ def _all_work(cu_seqlens_q, contexts, first_split, num_splits, sequences, sizes)
     return work
 
 
-# Two kernels, of which most users need the first alone: the second takes as long again to compile.
+# Two kernels, of which most users need the first alone; the second compiles three times as long.
 @jit.kernel
 def _attend_few_kernel(
     q, token_stride, head_stride, k, v, table, cu_seqlens_q, contexts, first_split, num_splits,

@@ -14,7 +14,7 @@ Decisions, each with its reason:
 - `nogil`: the kernel thread must not stop Python threads.
 - `_nrt=False`: arrays belong to the caller, and kernels make none. With Numba's reference counts,
   atomic and shared by the threads, a device function that branches counts every array it is given,
-  each time it runs: half of the time to rotate a head of 64, 3 % of a decode step of a 1B model.
+  each time it runs: a quarter of the time to rotate heads, 3 % of a decode step of a 1B model.
 - Cache: numba's own index has cross-process races (numba#4807: two signatures may share a data
   file), its files are unauthenticated pickles and its freshness test sees only the defining file.
   So: one file per signature, a SHA-256 at its end, in a private 0700 directory whose name hashes

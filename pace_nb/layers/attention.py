@@ -90,26 +90,28 @@ class Step:
         """The attention of layers with this view, window and chunk; planned when the first asks."""
         key = (*q_shape, id(view), window, chunk)
         if key not in self._calls:
+            group = q_shape[1] // pool.k.shape[0]
+            chosen = [choose_kernel(n, group) for n in self._query_lens.tolist()]
             self._calls[key] = Calls(
-                self._plan("attention_decode", q_shape, view, pool, window, chunk),
-                self._plan("attention_prefill", q_shape, view, pool, window, chunk),
+                self._plan("attention_decode", chosen, q_shape, view, pool, window, chunk),
+                self._plan("attention_prefill", chosen, q_shape, view, pool, window, chunk),
             )
         return self._calls[key]
 
     def _plan(
         self,
         kernel: Kernel,
+        chosen: list[Kernel],
         q_shape: tuple[int, ...],
         view: KVView,
         pool: KVPool,
         window: int,
         chunk: int,
     ) -> attention_plan.Plan | None:
-        batch, group = self.batch, q_shape[1] // pool.k.shape[0]
-        lens = enumerate(self._query_lens.tolist())
-        mine = np.array([i for i, n in lens if choose_kernel(n, group) == kernel], np.int64)
+        mine = np.array([i for i, name in enumerate(chosen) if name == kernel], np.int64)
         if not len(mine):
             return None
+        batch = self.batch
         return attention_plan.plan(
             kernel,
             q_shape,

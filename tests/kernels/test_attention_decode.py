@@ -101,14 +101,14 @@ def test_compiled_and_interpreted_agree(scenario: Any, tmp_path: Path) -> None:
     reason="the CPU has no vdpbf16ps",
 )
 @pytest.mark.parametrize(
-    ("name", "rows", "dots", "loops_of_them"),
+    ("name", "rows", "dots", "loops_of_them", "moves"),
     [
-        ("_attend_kernel", 16, 24, 2),  # 6 rows x 4 vectors: of scores, and of values
-        ("_attend_few_kernel", 1, 16, 1),  # 2 rows x 8 vectors of values
+        ("_attend_kernel", 16, 24, 2, 36),  # 6 rows x 4 vectors: of scores, and of values
+        ("_attend_few_kernel", 1, 16, 1, 24),  # 2 rows x 8 vectors of values
     ],
 )
 def test_assembly_has_full_tiles_in_registers(
-    scenario: Any, name: str, rows: int, dots: int, loops_of_them: int
+    scenario: Any, name: str, rows: int, dots: int, loops_of_them: int, moves: int
 ) -> None:
     case = scenario([20], [rows], d=64)
     attention_decode(*case.arguments)
@@ -125,6 +125,8 @@ def test_assembly_has_full_tiles_in_registers(
     # Constants may come from the stack; what goes there is a part of a tile, or of a softmax.
     spilled = sum(bool(re.search(r"%zmm\d+, .*\(%rsp\)", x)) for x in lines[places[0] : places[-1]])
     assert spilled < 12, f"{spilled} vectors move to the stack around the loops: a tile?"
+    moved = sum(map(on_stack, lines[places[0] : places[-1]]))
+    assert moved < moves, f"{moved} vectors move to or from the stack around the loops: a tile?"
 
 
 def on_stack(line: str) -> bool:
