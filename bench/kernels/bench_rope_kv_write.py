@@ -22,18 +22,19 @@ def main() -> None:
     rng = np.random.default_rng(0)
     before, rows = timing.preemptions(), []
     for tokens in (1, 32, 4096):  # of one sequence each
-        fused = rng.standard_normal((tokens, HEADS + 2 * KV_HEADS, D), np.float32)
-        q, k, v = np.split(fused, [HEADS, HEADS + KV_HEADS], axis=1)
+        heads = rng.standard_normal((tokens, HEADS + 2 * KV_HEADS, D), np.float32)
         cos, sin = (rng.standard_normal((tokens, D // 2), np.float32) for _ in range(2))
         pool = kv_write.new_pool(-(-tokens // kv_write.UNIT), KV_HEADS, D, np.uint16)
         table = np.arange(pool.num_units)[None]
         lens = np.array([0, tokens]), np.array([tokens])
         planned = kv_write.plan(pool.num_units, tokens, table, 1, *lens)
         turns = rotation(cos, sin, np.arange(tokens))
-        out = np.empty(q.shape, pool.k.dtype)  # new pages each time would be the system's work
-        run = partial(rope_kv_write, q, k, v, turns, pool, planned, out=out)
+        out = np.empty(
+            (tokens, HEADS, D), pool.k.dtype
+        )  # new pages each time would be the system's work
+        run = partial(rope_kv_write, heads, turns, pool, planned, out=out)
         case = f"T={tokens} H={HEADS}/{KV_HEADS} D={D}, f32 to bf16"
-        rows.append(against_copy(case, run, 6 * fused.size))
+        rows.append(against_copy(case, run, 6 * heads.size))
     timing.record("rope_kv_write", jit.num_threads(), rows, timing.preemptions() - before)
 
 

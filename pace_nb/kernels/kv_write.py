@@ -264,7 +264,8 @@ def write(k: Array, v: Array, pool: KVPool, planned: WritePlan) -> None:
     k, v [T, KVH, D] f32 or the pool's dtype, any strides with a contiguous last axis. ValueError or
     TypeError names the argument that does not fit, before anything is written.
     """
-    heads, d, s = check_rows("kv_write", k, v, pool, planned)
+    heads, d, s = check_rows("kv_write", k, v, pool)
+    check_plan("kv_write", planned, len(k), pool)
     if jit.use_reference():
         write_ref(k, v, pool, planned)
         return
@@ -284,10 +285,8 @@ def write(k: Array, v: Array, pool: KVPool, planned: WritePlan) -> None:
         )
 
 
-def check_rows(
-    name: str, k: Array, v: Array, pool: KVPool, planned: WritePlan | None = None
-) -> tuple[int, int, int]:
-    """(KVH, D, S) of arrays that fit each other, and the step that was planned."""
+def check_pool(name: str, pool: KVPool) -> tuple[int, int, int]:
+    """(KVH, D, S) of a pool whose arrays fit each other."""
     require(name, "pool.k", pool.k, ("KVH", "U", "D / S", UNIT, "S"), STORAGE)
     heads, in_pool, words, _, s = pool.k.shape
     if s != _pair(pool.k.dtype):
@@ -296,14 +295,24 @@ def check_rows(
     require(name, "pool.v", pool.v, (heads, in_pool, UNIT // s, _padded(d), s), (pool.k.dtype,))
     writable(name, "pool.k", pool.k)
     writable(name, "pool.v", pool.v)
+    return heads, d, s
+
+
+def check_plan(name: str, planned: WritePlan, num_tokens: int, pool: KVPool) -> None:
+    """The step must be the one that was planned."""
+    if (num_tokens, pool.num_units) != (planned.num_tokens, planned.num_units):
+        raise ValueError(
+            f"{name}: {num_tokens} tokens and a pool of {pool.num_units} units, planned "
+            f"{planned.num_tokens} and {planned.num_units}"
+        )
+
+
+def check_rows(name: str, k: Array, v: Array, pool: KVPool) -> tuple[int, int, int]:
+    """(KVH, D, S) of arrays that fit each other."""
+    heads, d, s = check_pool(name, pool)
     given = (np.float32,) if pool.k.dtype == np.float32 else STORAGE
     require(name, "k", k, ("T", heads, d), given)
     require(name, "v", v, k.shape, given)
-    if planned and (len(k), in_pool) != (planned.num_tokens, planned.num_units):
-        raise ValueError(
-            f"{name}: {len(k)} tokens and a pool of {in_pool} units, planned "
-            f"{planned.num_tokens} and {planned.num_units}"
-        )
     return heads, d, s
 
 

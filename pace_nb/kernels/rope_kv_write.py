@@ -4,13 +4,12 @@
     pool.k, pool.v <- rotate(k[t, h], position of t), v[t, h]    as `kv_write.py`
     with norms, rms_norm(q[t, h]) and rms_norm(k[t, h]) rotate   as `norm.py`: Qwen 3, Gemma 3
 
-| Array | Shape       | Type      | Layout                                             |
-|-------|-------------|-----------|----------------------------------------------------|
-| q     | [T, H, D]   | f32       | last axis contiguous (slices of a fused q k v)     |
-| k, v  | [T, KVH, D] | f32       | the same                                           |
-| norms | 2 times [D] | f32, None | weights of q's and k's heads, and eps              |
-| Q     | [T, H, D]   | BF16, f32 | contiguous; what attention multiplies K with       |
-| pool  |             |           | `kv_write.py`                                      |
+| Array | Shape              | Type      | Layout                                                 |
+|-------|--------------------|-----------|--------------------------------------------------------|
+| heads | [T, H + 2 KVH, D]  | f32       | contiguous: H heads of q, KVH of k, then KVH of v      |
+| norms | 2 times [D]        | f32, None | weights of q's and k's heads, and eps                  |
+| Q     | [T, H, D]          | BF16, f32 | contiguous; what attention multiplies K with           |
+| pool  |                    |           | `kv_write.py`                                          |
 
 Moves: T D (H + 2 KVH) (4 + size(pool)) bytes; a normalized head and a unit's rotated keys stay in
     L1 on their way.
@@ -33,12 +32,13 @@ import numpy as np
 from numba import prange
 
 from pace_nb.kernels import jit
-from pace_nb.kernels.arrays import NOTHING, Array, flat_heads, require, writable
+from pace_nb.kernels.arrays import NOTHING, Array, contiguous, require, writable
 from pace_nb.kernels.bf16 import narrow
 from pace_nb.kernels.kv_write import (
     KVPool,
     WritePlan,
-    check_rows,
+    check_plan,
+    check_pool,
     write_keys,
     write_ref,
     write_values,
@@ -59,15 +59,15 @@ class HeadNorms(NamedTuple):
 
 # ---- definition ----------------------------------------------------------------------------------
 def rope_kv_write_ref(
-    q: Array,
-    k: Array,
-    v: Array,
+    heads: Array,
     rotation: Rotation,
     pool: KVPool,
     planned: WritePlan,
     norms: HeadNorms | None = None,
 ) -> Array:
     """Q float64 [T, H, D]; k rotated and v are in the pool."""
+    k0, v0 = heads.shape[1] - 2 * pool.num_kv_heads, heads.shape[1] - pool.num_kv_heads
+    q, k, v = np.split(heads, [k0, v0], axis=1)
     if norms is not None:
         q, k = (
             narrow(rms_norm_ref(x, weight, norms.eps), np.float32)
@@ -81,9 +81,8 @@ def rope_kv_write_ref(
 # ---- kernel --------------------------------------------------------------------------------------
 @jit.kernel
 def _rope_kv_write_kernel(
-    q, q_row, q_head, q_weight, k, k_row, k_head, k_weight, v, v_row, v_head, eps, normed,
-    positions, cos, sin, half, interleaved, queries, keys, pool_k, pool_v,
-    tokens, heads, kv_heads, d, dp, s, in_pool, units, longest, rows, workers
+    x, q_weight, k_weight, eps, normed, positions, cos, sin, half, interleaved, queries, keys,
+    pool_k, pool_v, tokens, heads, kv_heads, d, dp, s, in_pool, units, longest, rows, workers
 ):  # fmt: skip
     # A thread has a share of the units' heads, as in kv_write.py, and one of the tokens' queries:
     # dealt out as one row of tasks, which differ tenfold, they would all wait for the first thread.
@@ -91,37 +90,36 @@ def _rope_kv_write_kernel(
     # norms, and `keys` [longest, D], rotated, of one unit. They lie side by side there, as rows of
     # a token lie a power of two apart and would push each other out of L1.
     writes, group, own = units * kv_heads, heads // kv_heads, longest * d + APART
+    k0, v0, row = heads * d, (heads + kv_heads) * d, (heads + 2 * kv_heads) * d
     for w in prange(workers):
         n0 = w * (d + APART)
         for task in range(w * writes // workers, (w + 1) * writes // workers):
             i, h = task // kv_heads, task % kv_heads
             unit, slot, end, t = rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]
             for r in range(t, t + end - slot):
-                c0, x0, y0 = positions[r] * half, r * k_row + h * k_head, w * own + (r - t) * d
-                x = k
+                c0, y0 = positions[r] * half, w * own + (r - t) * d
+                head, x0 = x, r * row + k0 + h * d
                 if normed.size:
-                    rms_norm_row(k, x0, k_weight, eps, normed, n0, d)
-                    x, x0 = normed, n0
-                rotate_head(x, x0, cos, sin, c0, half, interleaved, keys, y0, d)
+                    rms_norm_row(x, x0, k_weight, eps, normed, n0, d)
+                    head, x0 = normed, n0
+                rotate_head(head, x0, cos, sin, c0, half, interleaved, keys, y0, d)
             p = (h * in_pool + unit) * 16
             write_keys(keys, w * own, d, pool_k, p * d, slot, end, d, s)
-            write_values(v, t * v_row + h * v_head, v_row, pool_v, p * dp, slot, end, d, dp, s)
+            write_values(x, t * row + v0 + h * d, row, pool_v, p * dp, slot, end, d, dp, s)
         for task in range(w * tokens * kv_heads // workers, (w + 1) * tokens * kv_heads // workers):
             t, first = task // kv_heads, task % kv_heads * group
             for h in range(first, first + group):
-                c0, x0, y0 = positions[t] * half, t * q_row + h * q_head, (t * heads + h) * d
-                x = q
+                c0, y0 = positions[t] * half, (t * heads + h) * d
+                head, x0 = x, t * row + h * d
                 if normed.size:
-                    rms_norm_row(q, x0, q_weight, eps, normed, n0, d)
-                    x, x0 = normed, n0
-                rotate_head(x, x0, cos, sin, c0, half, interleaved, queries, y0, d)
+                    rms_norm_row(x, x0, q_weight, eps, normed, n0, d)
+                    head, x0 = normed, n0
+                rotate_head(head, x0, cos, sin, c0, half, interleaved, queries, y0, d)
 
 
 # ---- public wrapper ------------------------------------------------------------------------------
 def rope_kv_write(
-    q: Array,
-    k: Array,
-    v: Array,
+    heads: Array,
     rotation: Rotation,
     pool: KVPool,
     planned: WritePlan,
@@ -130,26 +128,31 @@ def rope_kv_write(
 ) -> Array:
     """Rotate q and k, write k and v of a planned step into one layer's pool; returns Q.
 
-    q [T, H, D], k and v [T, KVH, D] f32, any strides with a contiguous last axis; rotation of
-    `rope.rotation`, planned of `kv_write.plan`; norms: what the heads of q and k go through before.
-    Q [T, H, D] in the pool's dtype, contiguous, is `out`, or allocated if that is None. ValueError
-    or TypeError names the argument that does not fit, before anything is written.
+    heads [T, H + 2 KVH, D] f32, contiguous: of q, of k, of v, as a fused projection has them;
+    rotation of `rope.rotation`, planned of `kv_write.plan`; norms: what the heads of q and k go
+    through before. Q [T, H, D] in the pool's dtype, contiguous, is `out`, or allocated if that is
+    None. ValueError or TypeError names the argument that does not fit, before anything is written.
     """
     name = "rope_kv_write"
-    kv_heads, d, s = check_rows(name, k, v, pool, planned)
-    tokens = len(k)
-    require(name, "q", q, (tokens, "H", d))
-    require(name, "k", k, k.shape)  # float32, whatever the pool holds
-    require(name, "v", v, k.shape)
-    if q.shape[1] % kv_heads:
-        raise ValueError(f"{name}: q has {q.shape[1]} heads, expected a multiple of {kv_heads}")
+    kv_heads, d, s = check_pool(name, pool)
+    require(name, "heads", heads, ("T", "H + 2 KVH", d))
+    contiguous(name, "heads", heads)
+    tokens, num_heads = len(heads), heads.shape[1] - 2 * kv_heads
+    if num_heads < kv_heads or num_heads % kv_heads:
+        raise ValueError(
+            f"{name}: {heads.shape[1]} heads, expected {kv_heads} of k, {kv_heads} of v, a multiple"
+            f" of {kv_heads} of q"
+        )
+    check_plan(name, planned, tokens, pool)
     check_rotation(name, rotation, tokens, d)
+    shape, dtype = (tokens, num_heads, d), pool.k.dtype
     if out is None:
-        out = np.empty(q.shape, pool.k.dtype)
-    elif any(np.may_share_memory(x, out) for x in (q, k, v)):
-        raise ValueError(f"{name}: out shares memory with q, k or v, which are read until the end")
-    require(name, "out", out, q.shape, (pool.k.dtype,))
-    writable(name, "out", out)
+        out = np.empty(shape, dtype)
+    else:
+        require(name, "out", out, shape, (dtype,))
+        writable(name, "out", out)
+        if np.may_share_memory(heads, out):
+            raise ValueError(f"{name}: out shares memory with heads, which are read until the end")
     weights, eps, normed = (NOTHING, NOTHING), 0.0, 0
     if norms is not None:
         require(name, "norms.q", norms.q, (d,))
@@ -158,18 +161,14 @@ def rope_kv_write(
         weights = np.ascontiguousarray(norms.q), np.ascontiguousarray(norms.k)
         eps, normed = norms.eps, d
     if jit.use_reference():
-        exact = rope_kv_write_ref(q, k, v, rotation, pool, planned, norms)
-        out[...] = narrow(exact, out.dtype)
+        out[...] = narrow(rope_kv_write_ref(heads, rotation, pool, planned, norms), dtype)
         return out
     keys = planned.longest * d
-    with jit.threads_for(4 * q.nbytes):  # some arithmetic goes with the bytes
+    with jit.threads_for(4 * heads.nbytes):  # some arithmetic goes with the bytes
         workers = jit.num_threads()
         _rope_kv_write_kernel(
-            *flat_heads(q),
-            weights[0],
-            *flat_heads(k),
-            weights[1],
-            *flat_heads(v),
+            heads.reshape(-1),
+            *weights,
             eps,
             np.empty(workers * (normed + APART) if normed else 0, np.float32),
             rotation.rows,
@@ -178,11 +177,11 @@ def rope_kv_write(
             rotation.cos.shape[1],
             rotation.interleaved,
             out.reshape(-1),
-            np.empty(workers * (keys + APART), pool.k.dtype),
+            np.empty(workers * (keys + APART), dtype),
             pool.k.reshape(-1),
             pool.v.reshape(-1),
             tokens,
-            q.shape[1],
+            num_heads,
             kv_heads,
             d,
             pool.v.shape[3],

@@ -142,27 +142,24 @@ class Attention:
 
     def __call__(
         self,
-        q: Float32Array,
-        k: Float32Array,
-        v: Float32Array,
+        qkv: Float32Array,
         step: Step,
         rotation: Rotation | None,
         sinks: Float32Array | None = None,
         norms: HeadNorms | None = None,
     ) -> NDArray[Any]:
-        """q f32[T, H, D], k and v f32[T, KVH, D] (views with a contiguous last axis) -> storage[T,
-        H * D].
+        """qkv f32[T, (H + 2 KVH) D], contiguous: heads of q, of k, of v -> storage[T, H D].
 
         rotation None: positions enter elsewhere (OPT) or nowhere (Llama 4's NoPE layers). sinks
         f32[H]: one extra logit per head, in the softmax's denominator only. norms: what q's and k's
         heads go through before they rotate.
         """
         view, pool = step.kv.views[self._layer_index], step.kv.layer(self._layer_index)
-        storage = pool.k.dtype
         turns = step.unturned if rotation is None else rotation
-        queries = rope_kv_write(q, k, v, turns, pool, step.writes(view, pool), norms)
-        decode, prefill = step.calls(q.shape, view, pool, self.window, self.chunk)
-        out = np.empty(q.shape, storage)
+        heads = qkv.reshape(len(qkv), -1, pool.head_dim)
+        queries = rope_kv_write(heads, turns, pool, step.writes(view, pool), norms)
+        decode, prefill = step.calls(queries.shape, view, pool, self.window, self.chunk)
+        out = np.empty(queries.shape, queries.dtype)
         if decode is not None:
             attention_decode.attend(decode, queries, pool, self._scale, sinks, out)
         if prefill is not None:

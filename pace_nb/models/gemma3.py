@@ -159,9 +159,6 @@ class Gemma3Attention(Module):
     """o_proj(attend(rotate(norm(q)), rotate(norm(k)), v)); q, k and v are one packed weight."""
 
     def __init__(self, config: Gemma3Config, layer_index: int) -> None:
-        self._head_dim = config.head_dim
-        self._num_heads = config.num_attention_heads
-        self._num_kv_heads = config.num_key_value_heads
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.qkv_proj = FusedLinear(
@@ -177,11 +174,8 @@ class Gemma3Attention(Module):
 
     def __call__(self, x: NDArray[Any], rotation: Rotation, step: Step) -> Float32Array:
         """x storage[T, E] -> f32[T, E]."""
-        heads = self.qkv_proj(x).reshape(len(x), -1, self._head_dim)
-        keys, values = self._num_heads, self._num_heads + self._num_kv_heads  # first head of each
-        q, k, v = heads[:, :keys], heads[:, keys:values], heads[:, values:]
         norms = head_norms(self.q_norm, self.k_norm)
-        return self.o_proj(self._attend(q, k, v, step, rotation, norms=norms))
+        return self.o_proj(self._attend(self.qkv_proj(x), step, rotation, norms=norms))
 
 
 # ---- MLP -----------------------------------------------------------------------------------------

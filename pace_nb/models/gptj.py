@@ -100,8 +100,6 @@ class GPTJAttention(Module):
     """out_proj(attend(rotate(q), rotate(k), v)); q, k and v are one packed weight."""
 
     def __init__(self, config: GPTJConfig, layer_index: int) -> None:
-        self._head_dim = config.head_dim
-        self._num_heads = config.n_head
         size = config.n_embd
         self.qkv_proj = FusedLinear(size, {"q_proj": size, "k_proj": size, "v_proj": size})
         self._attend = Attention(layer_index, scale=config.head_dim**-0.5)
@@ -109,10 +107,7 @@ class GPTJAttention(Module):
 
     def __call__(self, x: NDArray[Any], rotation: Rotation, step: Step) -> Float32Array:
         """x storage[T, E] -> f32[T, E]."""
-        heads = self.qkv_proj(x).reshape(len(x), -1, self._head_dim)
-        keys, values = self._num_heads, 2 * self._num_heads  # first head of each
-        q, k, v = heads[:, :keys], heads[:, keys:values], heads[:, values:]
-        return self.out_proj(self._attend(q, k, v, step, rotation))
+        return self.out_proj(self._attend(self.qkv_proj(x), step, rotation))
 
 
 # ---- MLP -----------------------------------------------------------------------------------------

@@ -166,20 +166,19 @@ class Llama4Attention(Module):
 
     def __call__(self, x: NDArray[Any], rotation: Rotation, step: Step) -> Float32Array:
         """x storage[T, E] -> f32[T, E]."""
-        heads = self.qkv_proj(x).reshape(len(x), -1, self._config.head_dim)
+        qkv = self.qkv_proj(x)
+        heads = qkv.reshape(len(x), -1, self._config.head_dim)
         keys = self._config.num_attention_heads  # the first of them, after the query heads
-        q_and_k, v = np.split(heads, [keys + self._config.num_key_value_heads], axis=1)
+        values = keys + self._config.num_key_value_heads
         if self._rotates:
             cos, sin, rows, interleaved = rotation
-            q_and_k = rope.rope(q_and_k, rows, cos, sin, interleaved=interleaved)
-            if self._config.use_qk_norm:
-                q_and_k = self._qk_norm(q_and_k)
-        q, k = q_and_k[:, :keys], q_and_k[:, keys:]
-        if not self._rotates and self._config.attn_temperature_tuning:
+            q_and_k = rope.rope(heads[:, :values], rows, cos, sin, interleaved=interleaved)
+            heads[:, :values] = self._qk_norm(q_and_k) if self._config.use_qk_norm else q_and_k
+        elif self._config.attn_temperature_tuning:
             steps = np.floor((step.batch.positions + 1.0) / self._config.floor_scale)
             scale = np.log1p(steps) * self._config.attn_scale + 1.0
-            q = q * scale.astype(np.float32)[:, None, None]
-        return self.o_proj(self._attend(q, k, v, step, rotation=None))
+            heads[:, :keys] *= scale.astype(np.float32)[:, None, None]
+        return self.o_proj(self._attend(qkv, step, rotation=None))
 
 
 # ---- MLP -----------------------------------------------------------------------------------------

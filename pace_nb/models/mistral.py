@@ -78,9 +78,6 @@ class MistralAttention(Module):
     """o_proj(attend(rotate(q), rotate(k), v)); q, k and v are one packed weight."""
 
     def __init__(self, config: MistralConfig, layer_index: int) -> None:
-        self._head_dim = config.head_dim
-        self._num_heads = config.num_attention_heads
-        self._num_kv_heads = config.num_key_value_heads
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.qkv_proj = FusedLinear(
@@ -94,10 +91,7 @@ class MistralAttention(Module):
 
     def __call__(self, x: NDArray[Any], rotation: Rotation, step: Step) -> Float32Array:
         """x storage[T, E] -> f32[T, E]."""
-        heads = self.qkv_proj(x).reshape(len(x), -1, self._head_dim)
-        keys, values = self._num_heads, self._num_heads + self._num_kv_heads  # first head of each
-        q, k, v = heads[:, :keys], heads[:, keys:values], heads[:, values:]
-        return self.o_proj(self._attend(q, k, v, step, rotation))
+        return self.o_proj(self._attend(self.qkv_proj(x), step, rotation))
 
 
 # ---- MLP -----------------------------------------------------------------------------------------

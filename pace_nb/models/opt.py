@@ -153,8 +153,6 @@ class OPTAttention(Module):
     """out_proj(attend(q, k, v)); q, k and v are one packed weight, nothing rotates."""
 
     def __init__(self, config: OPTConfig, layer_index: int) -> None:
-        self._head_dim = config.head_dim
-        self._num_heads = config.num_attention_heads
         size = config.num_attention_heads * config.head_dim
         self.qkv_proj = FusedLinear(
             config.hidden_size,
@@ -166,10 +164,7 @@ class OPTAttention(Module):
 
     def __call__(self, x: NDArray[Any], step: Step) -> Float32Array:
         """x storage[T, E] -> f32[T, E]."""
-        heads = self.qkv_proj(x).reshape(len(x), -1, self._head_dim)
-        keys, values = self._num_heads, 2 * self._num_heads  # first head of each
-        q, k, v = heads[:, :keys], heads[:, keys:values], heads[:, values:]
-        return self.out_proj(self._attend(q, k, v, step, None))
+        return self.out_proj(self._attend(self.qkv_proj(x), step, None))
 
 
 # ---- MLP -----------------------------------------------------------------------------------------

@@ -120,12 +120,13 @@ class PhiAttention(Module):
 
     def __call__(self, x: NDArray[Any], rotation: Rotation, step: Step) -> Float32Array:
         """x storage[T, E] -> f32[T, E]."""
-        heads = self.qkv_proj(x).reshape(len(x), -1, self._head_dim)
-        keys, values = self._num_heads, self._num_heads + self._num_kv_heads  # first head of each
-        q, k, v = heads[:, :keys], heads[:, keys:values], heads[:, values:]
+        qkv = self.qkv_proj(x)
         if self.q_layernorm is not None and self.k_layernorm is not None:
-            q, k = self.q_layernorm.of_heads(q), self.k_layernorm.of_heads(k)
-        return self.dense(self._attend(q, k, v, step, rotation))
+            heads = qkv.reshape(len(x), -1, self._head_dim)
+            keys, values = self._num_heads, self._num_heads + self._num_kv_heads  # their first
+            heads[:, :keys] = self.q_layernorm.of_heads(heads[:, :keys])
+            heads[:, keys:values] = self.k_layernorm.of_heads(heads[:, keys:values])
+        return self.dense(self._attend(qkv, step, rotation))
 
 
 # ---- MLP -----------------------------------------------------------------------------------------

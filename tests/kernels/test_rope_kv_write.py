@@ -21,13 +21,17 @@ TOKENS, HEADS, KV_HEADS = 19, 6, 2
 
 
 def case(d: int, half: int, seed: int = 0) -> tuple[Any, ...]:
-    """q, k, v as slices of one projection, tables and positions."""
+    """Heads as one projection has them, tables and positions."""
     rng = np.random.default_rng(seed)
-    fused = rng.standard_normal((TOKENS, HEADS + 2 * KV_HEADS, d)).astype(np.float32)
+    heads = rng.standard_normal((TOKENS, HEADS + 2 * KV_HEADS, d)).astype(np.float32)
     cos, sin = (rng.standard_normal((32, half)).astype(np.float32) for _ in range(2))
     positions = rng.integers(0, 32, TOKENS).astype(np.int32)
-    q, k, v = np.split(fused, [HEADS, HEADS + KV_HEADS], axis=1)
-    return q, k, v, cos, sin, positions
+    return heads, cos, sin, positions
+
+
+def apart_of(heads: Any) -> list[Any]:
+    """q, k, v: views."""
+    return np.split(heads, [HEADS, HEADS + KV_HEADS], axis=1)
 
 
 def planned(pool: kv_write.KVPool) -> kv_write.WritePlan:
@@ -40,7 +44,8 @@ def planned(pool: kv_write.KVPool) -> kv_write.WritePlan:
 @pytest.mark.parametrize("mode", ["numba", "reference"])
 @pytest.mark.parametrize("normed", [False, True])
 def test_bits_of_norms_then_rope_then_kv_write(d, half, dtype, interleaved, mode, normed):
-    q, k, v, cos, sin, positions = case(d, half)
+    all_heads, cos, sin, positions = case(d, half)
+    q, k, v = apart_of(all_heads)
     rng, eps = np.random.default_rng(d), 0.05
     weights = rng.standard_normal((2, d)).astype(np.float32)
     norms = HeadNorms(*weights, eps) if normed else None
@@ -56,7 +61,7 @@ def test_bits_of_norms_then_rope_then_kv_write(d, half, dtype, interleaved, mode
         want, keys = (rope(x, *tables, interleaved=interleaved, dtype=dtype) for x in heads)
         kv_write.write(keys, v, apart, planned(apart))
         turns = rotation(cos, sin, positions, interleaved)
-        queries = rope_kv_write(q, k, v, turns, fused, planned(fused), norms)
+        queries = rope_kv_write(all_heads, turns, fused, planned(fused), norms)
     np.testing.assert_array_equal(queries, want)
     np.testing.assert_array_equal(fused.k, apart.k)
     np.testing.assert_array_equal(fused.v, apart.v)
@@ -64,7 +69,8 @@ def test_bits_of_norms_then_rope_then_kv_write(d, half, dtype, interleaved, mode
 
 
 def test_threads_and_nan():
-    q, k, v, cos, sin, positions = case(64, 32)
+    heads, cos, sin, positions = case(64, 32)
+    q, k, _ = apart_of(heads)
     q[3, 2, 5] = k[4, 1, 7] = np.nan
     found = []
     before = jit.num_threads()
@@ -73,7 +79,7 @@ def test_threads_and_nan():
             jit.set_num_threads(threads)
             pool = new_pool(5, KV_HEADS, 64, np.float32)
             turns = rotation(cos, sin, positions)
-            found.append((rope_kv_write(q, k, v, turns, pool, planned(pool)), *pool))
+            found.append((rope_kv_write(heads, turns, pool, planned(pool)), *pool))
     finally:
         jit.set_num_threads(before)
     for one in found[1:]:
@@ -85,34 +91,35 @@ def test_threads_and_nan():
 
 
 POOL = new_pool(5, KV_HEADS, 24, np.float32)
-Q, K, V, COS, SIN, POSITIONS = case(24, 12)
+ALL, COS, SIN, POSITIONS = case(24, 12)
 TURNS, PLAN = rotation(COS, SIN, POSITIONS), planned(POOL)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((Q[:-1], K, V, TURNS, POOL, PLAN), r"q has shape \(18, 6, 24\), expected \(19, H, 24\)"),
-        ((Q, K[:, :1], V, TURNS, POOL, PLAN), r"k has shape \(19, 1, 24\), expected \(T, 2, 24\)"),
-        ((Q, K, V[:-1], TURNS, POOL, PLAN), r"v has shape \(18, 2, 24\)"),
-        ((Q.astype(np.float64), K, V, TURNS, POOL, PLAN), "q has dtype float64, expected float32"),
-        ((Q[:, :5], K, V, TURNS, POOL, PLAN), "q has 5 heads, expected a multiple of 2"),
+        ((ALL[:, :, :23], TURNS, POOL, PLAN), r"heads has shape \(19, 10, 23\), expected \(T, H"),
         (
-            (Q, K, V, TURNS, new_pool(4, KV_HEADS, 24, np.float32), PLAN),
+            (ALL[0], TURNS, POOL, PLAN),
+            r"heads has shape \(10, 24\), expected \(T, H \+ 2 KVH, 24\)",
+        ),
+        ((ALL.astype(np.float64), TURNS, POOL, PLAN), "heads has dtype float64, expected float32"),
+        (
+            (ALL.astype(np.uint16), TURNS, new_pool(5, KV_HEADS, 24, np.uint16), PLAN),
+            "heads has dtype uint16, expected float32",
+        ),
+        ((ALL[:, :8], TURNS, POOL, PLAN), "heads is not a contiguous array"),
+        ((ALL[:, :9].copy(), TURNS, POOL, PLAN), "9 heads, expected 2 of k, 2 of v, a multiple"),
+        ((ALL[:, :4].copy(), TURNS, POOL, PLAN), "4 heads, expected 2 of k, 2 of v, a multiple"),
+        ((ALL[:, :2].copy(), TURNS, POOL, PLAN), "2 heads, expected 2 of k, 2 of v, a multiple"),
+        (
+            (ALL, TURNS, new_pool(4, KV_HEADS, 24, np.float32), PLAN),
             "19 tokens and a pool of 4 units, planned 19 and 5",
         ),
+        ((ALL[1:], TURNS, POOL, PLAN), "18 tokens and a pool of 5 units, planned 19"),
+        ((ALL, rotation(COS, SIN, POSITIONS[1:]), POOL, PLAN), "rotation of 18 tokens"),
         (
-            (Q, K.astype(np.uint16), V, TURNS, new_pool(5, KV_HEADS, 24, np.uint16), PLAN),
-            "k has dtype uint16, expected float32",
-        ),
-        (
-            (Q, K, V.astype(np.uint16), TURNS, new_pool(5, KV_HEADS, 24, np.uint16), PLAN),
-            "v has dtype uint16, expected float32",
-        ),
-        ((Q[1:], K[1:], V[1:], TURNS, POOL, PLAN), "18 tokens and a pool of 5 units, planned 19"),
-        ((Q, K, V, rotation(COS, SIN, POSITIONS[1:]), POOL, PLAN), "rotation of 18 tokens"),
-        (
-            (Q, K, V, rotation(*[np.ones((32, 13), np.float32)] * 2, POSITIONS), POOL, PLAN),
+            (ALL, rotation(*[np.ones((32, 13), np.float32)] * 2, POSITIONS), POOL, PLAN),
             r"cos has shape \(32, 13\), expected R/2 from 0 to D/2 = 12",
         ),
     ],
@@ -127,22 +134,22 @@ def test_bad_input_names_the_argument(arguments: Any, message: str) -> None:
     ("norms", "message"),
     [
         (HeadNorms(COS[0], COS[0], 1e-6), r"norms.q has shape \(12,\), expected \(24\)"),
-        (HeadNorms(Q[0, 0], Q[0, 0].astype(np.float64), 1e-6), "norms.k has dtype float64"),
-        (HeadNorms(Q[0, 0], Q[0, 0], -1.0), "norms.eps is -1.0, expected a finite number >= 0"),
-        (HeadNorms(Q[0, 0], Q[0, 0], np.nan), "norms.eps is nan"),
+        (HeadNorms(ALL[0, 0], ALL[0, 0].astype(np.float64), 1e-6), "norms.k has dtype float64"),
+        (HeadNorms(ALL[0, 0], ALL[0, 0], -1.0), "norms.eps is -1.0, expected a finite number >= 0"),
+        (HeadNorms(ALL[0, 0], ALL[0, 0], np.nan), "norms.eps is nan"),
     ],
 )
 def test_bad_norms_are_named(norms: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"rope_kv_write: {message}"):
-        rope_kv_write(Q, K, V, TURNS, POOL, PLAN, norms)
+        rope_kv_write(ALL, TURNS, POOL, PLAN, norms)
     assert not POOL.k.any() and not POOL.v.any()
 
 
 def test_out_is_filled_and_returned():
     pool, mine = (new_pool(5, KV_HEADS, 24, np.float32) for _ in range(2))
-    out = np.full(Q.shape, 7, np.float32)
-    assert rope_kv_write(Q, K, V, TURNS, pool, PLAN, out=out) is out
-    np.testing.assert_array_equal(out, rope_kv_write(Q, K, V, TURNS, mine, PLAN))
+    out = np.full((TOKENS, HEADS, 24), 7, np.float32)
+    assert rope_kv_write(ALL, TURNS, pool, PLAN, out=out) is out
+    np.testing.assert_array_equal(out, rope_kv_write(ALL, TURNS, mine, PLAN))
 
 
 @pytest.mark.parametrize(
@@ -151,12 +158,12 @@ def test_out_is_filled_and_returned():
         (np.empty((19, 6, 12), np.float32), r"out has shape \(19, 6, 12\), expected \(19, 6, 24\)"),
         (np.empty((19, 6, 24), np.uint16), "out has dtype uint16, expected float32"),
         (np.empty((19, 12, 24), np.float32)[:, ::2], "out is not a contiguous, writable array"),
-        (Q, "out shares memory with q, k or v"),
+        (ALL.reshape(-1)[: 19 * 6 * 24].reshape(19, 6, 24), "out shares memory with heads"),
     ],
 )
 def test_bad_out_is_named(out: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"rope_kv_write: {message}"):
-        rope_kv_write(Q, K, V, TURNS, POOL, PLAN, out=out)
+        rope_kv_write(ALL, TURNS, POOL, PLAN, out=out)
     assert not POOL.k.any() and not POOL.v.any()
 
 

@@ -58,9 +58,14 @@ def rotated(x, theta=10000.0):
 
 
 def sequence(rng, length):
-    """q, k, v as strided views of one array, as a fused projection gives them."""
+    """q, k, v of one fused projection."""
     heads = rng.standard_normal((length, H + 2 * KVH, D)).astype(np.float32)
     return np.split(heads, (H, H + KVH), axis=1)
+
+
+def fused(q, k, v):
+    """As a fused projection has them."""
+    return np.concatenate((q, k, v), axis=1).reshape(len(q), -1)
 
 
 def run(attention, cache, qkv, spans, rotary=None):
@@ -69,7 +74,7 @@ def run(attention, cache, qkv, spans, rotary=None):
     parts = [[qkv[name][i][start : start + n] for name, start, n in spans] for i in range(3)]
     q, k, v = (np.concatenate(part) for part in parts)
     rotation = rotary(step.batch.positions, step.sequence_lens) if rotary else None
-    return attention(q, k, v, step, rotation)
+    return attention(fused(q, k, v), step, rotation)
 
 
 @pytest.mark.parametrize("window", [0, 1, 5])
@@ -91,7 +96,7 @@ def test_sinks_enter_the_denominator(rng, dtype, value):
     sinks = np.array([0.0, 3.0, -5.0, 20.0], np.float32)
     cache = new_cache(dtype)
     step = step_of(cache, [("a", 0, 20)])
-    out = Attention(0, SCALE)(q, k, v, step, None, sinks)
+    out = Attention(0, SCALE)(fused(q, k, v), step, None, sinks)
     bound = 1e-5 if dtype == "float32" else 0.03
     np.testing.assert_allclose(value(out), dense(q, k, v, sinks=sinks), atol=bound)
 
@@ -142,9 +147,9 @@ def test_the_cache_keeps_layers_apart(rng):
     q, k, v = sequence(rng, 8)
     cache = new_cache("float32")
     step = step_of(cache, [("a", 0, 8)])
-    first = Attention(0, SCALE)(q, k, v, step, None)
-    Attention(1, SCALE)(q, -k, 2 * v, step, None)
-    again = Attention(0, SCALE)(q, k, v, step, None)
+    first = Attention(0, SCALE)(fused(q, k, v), step, None)
+    Attention(1, SCALE)(fused(q, -k, 2 * v), step, None)
+    again = Attention(0, SCALE)(fused(q, k, v), step, None)
     np.testing.assert_array_equal(first, again)
     assert math.isfinite(float(np.abs(cache.layer(1).v).max()))
     assert not np.array_equal(cache.layer(0).v, cache.layer(1).v)
