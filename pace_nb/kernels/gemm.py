@@ -54,25 +54,15 @@ from pace_nb.kernels.arrays import (
 from pace_nb.kernels.bf16 import as_f32, narrow, widen
 from pace_nb.kernels.lanes import prefetch, prefetch_once
 from pace_nb.kernels.memory import zeros
-from pace_nb.kernels.tiles import (
-    NV,
-    tile_dot,
-    tile_load_tail,
-    tile_put,
-    tile_room,
-    tile_store_tail,
-    tile_take,
-    tile_zeros,
-)
+from pace_nb.kernels.tiles import NV, tile_dot, tile_load_tail, tile_store_tail, tile_zeros
 from pace_nb.kernels.words import per_word
 
 # ---- constants -----------------------------------------------------------------------------------
 # 32 registers of 512 bits: panels of 64 columns, one cache line of pairs per vector, four vectors
-# per step of k. A tile of 6 x 4 accumulators, 4 vectors of W and 1 of A fills 29 registers. TALL
-# rows are two tiles of four, of which one waits in L1 while the other has the registers, each for
-# TURN steps: 8 KiB of a panel, which the second finds in L1. So both meet the panel while DRAM
-# delivers it; two passes, the second from L2, would leave DRAM idle meanwhile. A panel's block of
-# KC is 256 KiB in BF16, a quarter of L2; read M / MR times. There is no other blocking.
+# per step of k. A tile of 6 x 4 accumulators, 4 vectors of W and 1 of A fills 29 registers. So many
+# rows as TALL are one tile, too. It does not fit, but DRAM, for which it waits, is slower than
+# spilling; a second pass over the panel, from L2, would leave DRAM idle (ledger: gemm). A panel's
+# block of KC is 256 KiB in BF16, a quarter of L2; read M / MR times. There is no other blocking.
 # 16 registers (AVX2): panels of 16 columns, of two registers each. A tile of 6 x 2 accumulators, 2
 # halves of W and 1 of A fills 15. A panel's block of KC is 32 KiB in BF16; MC rows of A, 384 KiB,
 # stay in L2 while GROUP panels, 128 columns, meet them. One row, or two, take 4 or 2 panels SIDE by
@@ -88,17 +78,18 @@ MC = 1 << 30 if jit.WIDE else 96  # rows per block, in whole tiles
 TAIL = 8
 GROUP = 1 if jit.WIDE else 8  # panels per task
 SIDE = 0 if jit.WIDE else 4  # rows times panels side by side; 0: never
-TURN = 32  # steps of k
 # Rows that are one tile if there is one more, and two or three if not. With 16 registers, where a
 # tile of a row or two takes as long as one of four, that is every odd number but 1.
 UNEVEN = (3, 5, 7)
 # A panel that is read once is one stream. Two to MR rows leave it to the hardware's prefetcher,
 # which asking would disturb: four rows read at 99 % of the DRAM rate without, at 80 % with, and six
-# take 9 to 15 % less time. One row, which meets a line every cycle, asks so many steps of k ahead:
-# 4 KiB, where the hardware's prefetcher, which stops at the end of a page, is not yet. TALL rows
-# meet lines in bursts and out of step with DRAM: they ask further ahead, beyond two turns.
+# take 9 to 15 % less time. One row, which meets a line every cycle, asks AHEAD steps of k before it
+# needs it: 4 KiB, where the hardware's prefetcher, which stops at the end of a page, is not yet.
+# TALL rows, which take their time, ask FURTHER ahead and into L2: what is asked for into L1 has
+# been pushed out again, by their own rows and spills, when they come to it. (16 to 128 steps were
+# tried: more than 28 cost 7 % where DRAM is slow, fewer than 26 up to 15 % where it is fast.)
 AHEAD = 1024 // NR
-FURTHER = 2 * TURN
+FURTHER = 1664 // NR
 # While a block meets its last rows, the next one is asked for, so that its first rows find it in
 # L2: DRAM would feed them four times slower than they compute. Earlier, A would push it out again.
 # (With 9 to 11 rows, in tiles of 6, 2 and 1, some lines are left to the hardware's prefetcher.)
@@ -106,7 +97,8 @@ ASKING = 48
 LINES = NR // 16  # of a panel, in a step of k
 AT_ONCE = min(LINES, 2)  # lines that are asked for in a step
 FRACTION = 16  # bits below the point in how much of the next block has been asked for
-ONCE = -1  # a rate of asking: nobody reads this block again, and it is asked for step by step
+# Rates of asking where nobody reads the block again, and it is asked for step by step.
+ONCE, ONCE_SLOWLY = -1, -2
 
 
 class PackedWeight(NamedTuple):
@@ -219,6 +211,9 @@ def _row_tile(mr):
             if rate == ONCE:
                 for line in range(LINES):
                     prefetch_once(b, at + (AHEAD * NR + line * 16) * s)
+            elif rate == ONCE_SLOWLY:
+                for line in range(LINES):
+                    prefetch(b, at + (FURTHER * NR + line * 16) * s)
             elif rate:
                 line = after + (asked >> FRACTION) * AT_ONCE * 16 * s
                 prefetch(b, line)
@@ -246,38 +241,7 @@ def _by_height(tile_of, heights):
     return rows
 
 
-def _two_tiles(rows_of_each):
-    """The device function for two tiles of so many rows, taking turns; otherwise as `_row_tile`."""
-    mr, dot = rows_of_each, _dot(rows_of_each)
-
-    @jit.device_fn
-    def rows(
-        a, a0, first, k, b, b0, steps, after, ask0, rate, begun, begin, g0, ldg, c, c0, ldc, n
-    ):
-        s = per_word(b)
-        waiting = tile_room(mr, NV)
-        acc = other = tile_zeros(mr, NV)
-        if begun:
-            acc = tile_load_tail(mr, NV, begin, g0, ldg, n)
-            other = tile_load_tail(mr, NV, begin, g0 + mr * ldg, ldg, n)
-        tile_put(waiting, other)
-        for p0 in range(0, steps, TURN):
-            for i in range(2):
-                for p in range(p0, min(p0 + TURN, steps)):
-                    at = b0 + p * NR * s
-                    for line in range(i, LINES, 2):
-                        prefetch(b, at + (FURTHER * NR + line * 16) * s)
-                    acc = dot(acc, a, a0 + i * mr * k, first + p, k, b, at)
-                other = tile_take(waiting)
-                tile_put(waiting, acc)
-                acc = other
-        tile_store_tail(acc, c, c0, ldc, n)
-        tile_store_tail(tile_take(waiting), c, c0 + mr * ldc, ldc, n)
-
-    return rows
-
-
-_rows = _by_height(lambda mr: _row_tile(mr) if mr <= MR else _two_tiles(mr // 2), HEIGHTS)
+_rows = _by_height(_row_tile, HEIGHTS)
 
 
 def _side_tile(mr):
@@ -342,7 +306,7 @@ def _block(
     asking = min(end - row0, ASKING + (end - row0 - ASKING) % MR)
     rate = (LINES << FRACTION) // (AT_ONCE * asking)
     if m <= TALL:
-        rate = ONCE if m == 1 else 0
+        rate = ONCE if m == 1 else ONCE_SLOWLY if m > MR else 0
     i = row0
     while i < end:
         late = i - (end - asking)

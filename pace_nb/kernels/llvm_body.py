@@ -245,15 +245,6 @@ class _VolatileLoad(instructions.LoadInstr):  # type: ignore[misc]
         buf[start] = "load volatile " + buf[start].removeprefix("load ")
 
 
-class _VolatileStore(instructions.StoreInstr):  # type: ignore[misc]
-    """The same."""
-
-    def descr(self, buf: list[str]) -> None:
-        start = len(buf)
-        super().descr(buf)
-        buf[start] = "store volatile " + buf[start].removeprefix("store ")
-
-
 def emit_load_here(bld: ir.IRBuilder, pointer: Any, align: int) -> Any:
     """A load that LLVM neither moves up nor replaces by a register that holds the same bytes."""
     bld.fence("seq_cst", "singlethread")  # no instruction
@@ -261,13 +252,6 @@ def emit_load_here(bld: ir.IRBuilder, pointer: Any, align: int) -> Any:
     load.align = align
     bld._insert(load)
     return load
-
-
-def emit_store_here(bld: ir.IRBuilder, value: Any, pointer: Any, align: int) -> None:
-    """A store that LLVM does not leave out, although a register could hold the value."""
-    store = _VolatileStore(bld.block, value, pointer)
-    store.align = align
-    bld._insert(store)
 
 
 def emit_odd(bld: ir.IRBuilder, pairs: Any) -> Any:

@@ -6,8 +6,6 @@ named by one variable and still never leave their registers.
 Values
     Tile     MR rows by NV vectors of float32 accumulators: MR NV + NV + 1 <= 32 registers; where a
              vector takes two of them, 2 (MR NV + NV) + 1 <= 16
-    Room     memory, on the stack, for a tile to wait in while another has the registers. LLVM would
-             keep two tiles where it can, and move single accumulators to and fro in every step
 Memory
     flat, addressed by element offset, with a leading dimension where there are rows.
 Cautions
@@ -25,7 +23,6 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import models, register_model
 
 from pace_nb.kernels import jit
@@ -49,7 +46,6 @@ from pace_nb.kernels.llvm_body import (
     emit_pointer,
     emit_splat,
     emit_store_first,
-    emit_store_here,
     emit_vector_pointer,
     f32x16,
     is_bf16_memory,
@@ -61,7 +57,6 @@ from pace_nb.kernels.words import dot_pairs, splat_pair
 # Vectors of a tile of six rows. 32 registers hold 6 x 4 accumulators, 4 vectors of B and 1 of A; 16
 # narrower ones, of which a vector takes two, hold 6 x 2, 2 and 1.
 NV = 4 if jit.WIDE else 1
-VECTOR_BYTES = 4 * W
 
 
 # ---- the type ------------------------------------------------------------------------------------
@@ -77,20 +72,6 @@ class TileType(types.Type):
 class _TileModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Any) -> None:
         super().__init__(dmm, fe_type, ir.ArrayType(F32X16, fe_type.mr * fe_type.nv))
-
-
-class RoomType(types.Type):
-    """Where a tile of that size can be put."""
-
-    def __init__(self, mr: int, nv: int) -> None:
-        self.mr, self.nv = mr, nv
-        super().__init__(name=f"Room({mr},{nv})")
-
-
-@register_model(RoomType)
-class _RoomModel(models.PrimitiveModel):
-    def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, ir.ArrayType(F32X16, fe_type.mr * fe_type.nv).as_pointer())
 
 
 # ---- operations ----------------------------------------------------------------------------------
@@ -195,56 +176,6 @@ def _store_tile(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
 
 llvm_body(tile_store, _tile_to_void)(_store_tile)
 llvm_body(tile_store_tail, _tile_to_void)(_store_tile)
-
-
-def tile_room(mr: int, nv: int) -> np.ndarray:
-    """Room for a tile of mr rows and nv vectors; mr and nv are literal numbers."""
-    return np.empty((mr, nv * W), np.float32)
-
-
-def _room_of(mr: Any, nv: Any) -> Any:
-    tile = _tile_of(mr, nv)
-    return None if tile is None else RoomType(tile.mr, tile.nv)
-
-
-@llvm_body(tile_room, _room_of)
-def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
-    room = cgutils.alloca_once(bld, ctx.get_value_type(sig.return_type).pointee)
-    room.align = VECTOR_BYTES
-    return room
-
-
-def tile_put(room: np.ndarray, acc: np.ndarray) -> None:
-    """Put the tile there."""
-    room[...] = acc
-
-
-@llvm_body(tile_put, lambda room, acc: types.void if isinstance(room, RoomType) else None)
-def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
-    for i, pointer in enumerate(_places(bld, sig.args[0], args[0])):
-        emit_store_here(bld, bld.extract_value(args[1], i), pointer, VECTOR_BYTES)
-    return ctx.get_dummy_value()
-
-
-def tile_take(room: np.ndarray) -> np.ndarray:
-    """The tile that was put there last."""
-    return room.copy()
-
-
-@llvm_body(
-    tile_take, lambda room: TileType(room.mr, room.nv) if isinstance(room, RoomType) else None
-)
-def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
-    value = ir.Constant(ctx.get_value_type(sig.return_type), ir.Undefined)
-    for i, pointer in enumerate(_places(bld, sig.args[0], args[0])):
-        value = bld.insert_value(value, emit_load_here(bld, pointer, VECTOR_BYTES), i)
-    return value
-
-
-def _places(bld: ir.IRBuilder, room: Any, pointer: Any) -> list[Any]:
-    """The addresses of a room's vectors."""
-    zero, count = ir.Constant(I32, 0), room.mr * room.nv
-    return [bld.gep(pointer, [zero, ir.Constant(I32, i)]) for i in range(count)]
 
 
 def tile_scale_rows(acc: np.ndarray, s: np.ndarray, s0: int) -> np.ndarray:

