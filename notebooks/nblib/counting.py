@@ -257,7 +257,8 @@ _RULES: dict[str, Callable[..., None]] = {
     "first_of_words": lambda c, x, i: c._load(x, i, W * _words(x)),
     "second_of_words": lambda c, x, i: c._load(x, i, W * _words(x)),
     "mxfp4_exponents": lambda c, x, i: c._load(x, i, W),
-    "mxfp4_pairs": lambda c, x, i, e: c._load(x, i, W),
+    # a line is loaded once for its four quarters
+    "mxfp4_pairs": lambda c, x, i, quarter, e: None if quarter else c._load(x, i, 4 * W),
     "store": lambda c, x, i, v: c._store(x, i, W),
     "store_operand": lambda c, x, i, v: c._store(x, i, W),
     "store_tail": lambda c, x, i, v, n: c._store(x, i, n),

@@ -1,8 +1,12 @@
-"""MXFP4 in registers: sixteen bytes of two 4-bit codes each become 16 pairs of BF16.
+"""MXFP4 in registers: a line of 128 codes becomes four vectors of 16 pairs of BF16.
 
     value = e2m1(code) * 2^(scale - 127),   e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives
 
 Exact: a code has two significant bits and the scale is a power of two, added to the exponent.
+A line is 64 bytes: 32 words of 16 bits, with four codes each. Quarter q of it, the codes of columns
+16 q to 16 q + 15, are bits 4 q to 4 q + 3 of every word: word 2 c is column 16 q + c of the even k,
+word 2 c + 1 of the odd k. So one load and one shift bring a quarter to where the table is looked
+up, which sees the lowest bits alone.
 Knows: the format's codes and scales. Does not know: how a weight is laid out (quant.py).
 Cautions: nothing is bounds-checked; scales must be 2 .. 252.
 Source: OCP Microscaling Formats 1.0. Notebook: 19 MoE and MXFP4. Ledger: quant.
@@ -60,35 +64,35 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
     return bld.or_(bld.shl(shift, i32_constant(16)), lower)
 
 
-def mxfp4_pairs(codes: np.ndarray, i: int, exponents: np.ndarray) -> np.ndarray:
-    """16 bytes of two codes each, the lower k in the lower nibble, as bf16x32 times their scales.
+def mxfp4_pairs(codes: np.ndarray, i: int, quarter: int, exponents: np.ndarray) -> np.ndarray:
+    """A quarter (0 to 3, a literal number) of the line of codes at i, times the scales, as bf16x32.
 
     Exact: a code has two significant bits and the scale is a power of two.
     """
-    both = codes[i : i + W].repeat(2)
-    both[1::2] >>= 4
-    both &= 15
-    raised = MXFP4_TABLE[both] + exponents.astype(np.int32).view(np.uint16)
-    return np.where(both & 7, raised, MXFP4_TABLE[both]).astype(np.uint16)
+    code = (codes[i : i + 4 * W].view(np.uint16) >> np.uint16(4 * quarter)) & 15
+    raised = MXFP4_TABLE[code] + exponents.astype(np.int32).view(np.uint16)
+    return np.where(code & 7, raised, MXFP4_TABLE[code]).astype(np.uint16)
 
 
-@llvm_body(
-    mxfp4_pairs,
-    lambda codes, i, exponents: bf16x32 if _is_bytes(codes) and exponents == i32x16 else None,
-)
+def _pairs_type(codes: Any, i: Any, quarter: Any, exponents: Any) -> Any:
+    ours = _is_bytes(codes) and isinstance(quarter, types.IntegerLiteral) and exponents == i32x16
+    return bf16x32 if ours else None
+
+
+@llvm_body(mxfp4_pairs, _pairs_type)
 def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
-    code = _load_bytes(ctx, bld, sig, args)
-    code = bld.and_(bld.or_(code, bld.shl(code, i32_constant(12))), i32_constant(0x000F000F))
     i16x32 = ir.VectorType(I16, 2 * W)
 
     def every(value: int) -> Any:
         return ir.Constant(i16x32, [value] * (2 * W))
 
-    code = bld.bitcast(code, i16x32)
+    index = ctx.cast(bld, args[1], sig.args[1], types.intp)
+    line = bld.load(emit_vector_pointer(ctx, bld, sig.args[0], args[0], index, i16x32), align=1)
+    code = bld.lshr(line, every(4 * sig.args[2].literal_value))
     magnitude = bld.and_(code, every(7))
     zero = bld.icmp_unsigned("==", magnitude, every(0))
     if has(ctx, "avx512bw"):
-        table = ir.Constant(i16x32, [int(v) for v in MXFP4_TABLE] * 2)
+        table = ir.Constant(i16x32, [int(v) for v in MXFP4_TABLE] * 2)  # 5 bits count: any fifth
         value = emit_call(bld, "llvm.x86.avx512.permvar.hi.512", i16x32, table, code)
     else:
         # 1 + m / 2 times 2**(e - 1) for e > 0; the code 1 alone is 0.5
@@ -96,5 +100,5 @@ def _(ctx: Any, bld: ir.IRBuilder, sig: Any, args: Any) -> Any:
         half = bld.icmp_unsigned("==", magnitude, every(1))
         value = bld.select(zero, every(0), bld.select(half, every(126 << 7), value))
         value = bld.or_(value, bld.shl(bld.and_(code, every(8)), every(12)))
-    raised = bld.add(value, bld.bitcast(args[2], i16x32))
+    raised = bld.add(value, bld.bitcast(args[3], i16x32))
     return bld.bitcast(bld.select(zero, value, raised), I32X16)

@@ -7,7 +7,7 @@
 |---------|--------------------|-----------|------------------------------------------------------|
 | blocks  | [N, K/32, 16]      | uint8     | as checkpoints hold it: two codes a byte, low k low  |
 | scales  | [N, K/32]          | uint8     | as checkpoints hold it                               |
-| codes   | [X, N/64, K/2, 64] | uint8     | packed: a byte is the pair of codes of one column    |
+| codes   | [X, N/64, K/2, 64] | uint8     | packed: lines of `mxfp4_lanes.py`, 2 k of 64 columns |
 | (same)  | [X, N/64, K/32, 64]| uint8     | packed scales                                        |
 | A       | [R, K]             | BF16      | contiguous, rows of one expert beside each other     |
 | offsets | [X + 1]            | int64     | rows of expert e are offsets[e] to offsets[e + 1]    |
@@ -17,7 +17,7 @@
 The e2m1 values are 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. X experts, 1 for a plain weight.
 Moves: 17/32 N K bytes for every expert that has a row, 2 R K + 4 R N; BF16 weights would move 3.8
     times as much.
-Does: 2 R N K FLOPs and, for every 4 rows, about 6 instructions per 32 weights to expand them.
+Does: 2 R N K FLOPs and, for every 4 rows, about 4 instructions per 32 weights to expand them.
 Order: as `gemm`. W is exact in BF16 (two significant bits, a power of two), so C has the very bits
     of `moe.grouped_gemm` on the expanded weight.
 Error: as `gemm`.
@@ -77,10 +77,36 @@ def grouped_gemm_mxfp4_ref(
 def unpack_mxfp4(weight: PackedMXFP4, e: int) -> tuple[Array, Array]:
     """(blocks, scales) of expert e, as `pack_mxfp4` was given them."""
     panels = -(-weight.n // NR)
-    codes = weight.codes.reshape(weight.num_experts, panels, -1, NR)[e]
+    lines = weight.codes.reshape(weight.num_experts, panels, -1, NR)[e]
     scales = weight.scales.reshape(weight.num_experts, panels, -1, NR)[e]
-    blocks = codes.transpose(0, 2, 1).reshape(panels * NR, -1, BLOCK // 2)[: weight.n]
+    blocks = _from_lines(lines).transpose(0, 2, 1).reshape(panels * NR, -1, BLOCK // 2)[: weight.n]
     return blocks, scales.transpose(0, 2, 1).reshape(panels * NR, -1)[: weight.n]
+
+
+# ---- lines ---------------------------------------------------------------------------------------
+def _regrouped(x: Array, y: Array) -> tuple[Array, Array]:
+    """Bytes of the lower codes of both, and of the upper ones. Done twice, it is undone."""
+    return (x & 15) | (y << 4), (x >> 4) | (y & 0xF0)
+
+
+def _to_lines(pairs: Array) -> Array:
+    """Bytes [.., 64] of the pair of codes of one column each -> [.., 64], a line each."""
+    quarters = pairs.reshape(*pairs.shape[:-1], 4, 16)
+    line = np.empty((*pairs.shape[:-1], 16, 2, 2), np.uint8)  # column, k, half of a word
+    for half in range(2):
+        lower, upper = quarters[..., 2 * half, :], quarters[..., 2 * half + 1, :]
+        line[..., 0, half], line[..., 1, half] = _regrouped(lower, upper)
+    return line.reshape(pairs.shape)
+
+
+def _from_lines(lines: Array) -> Array:
+    """What `_to_lines` was given."""
+    line = lines.reshape(*lines.shape[:-1], 16, 2, 2)
+    quarters = np.empty((*lines.shape[:-1], 4, 16), np.uint8)
+    for half in range(2):
+        even, odd = line[..., 0, half], line[..., 1, half]
+        quarters[..., 2 * half, :], quarters[..., 2 * half + 1, :] = _regrouped(even, odd)
+    return quarters.reshape(lines.shape)
 
 
 # ---- one row tile against one panel --------------------------------------------------------------
@@ -97,8 +123,8 @@ def _row_tile(mr):
             e2, e3 = mxfp4_exponents(scales, s + 32), mxfp4_exponents(scales, s + 48)
             for p in range(block * 16, block * 16 + 16):
                 i = c0 + p * NR
-                b0, b1 = mxfp4_pairs(codes, i, e0), mxfp4_pairs(codes, i + 16, e1)
-                b2, b3 = mxfp4_pairs(codes, i + 32, e2), mxfp4_pairs(codes, i + 48, e3)
+                b0, b1 = mxfp4_pairs(codes, i, 0, e0), mxfp4_pairs(codes, i, 1, e1)
+                b2, b3 = mxfp4_pairs(codes, i, 2, e2), mxfp4_pairs(codes, i, 3, e3)
                 acc = tile_dot_pairs(acc, a, a0 + 2 * p, lda, b0, b1, b2, b3)
         if columns == NR:
             tile_store(acc, c, at, ldc)
@@ -159,7 +185,7 @@ def pack_mxfp4(blocks: Sequence[Array], scales: Sequence[Array]) -> PackedMXFP4:
     require(name, "blocks[0]", blocks[0], ("N", "K/32", BLOCK // 2), (np.uint8,))
     n, groups = blocks[0].shape[:2]
     panels = -(-n // NR)
-    codes = np.zeros((len(blocks), panels, groups * BLOCK // 2, NR), np.uint8)
+    codes = np.empty((len(blocks), panels, groups * BLOCK // 2, NR), np.uint8)
     packed = np.full((len(blocks), panels, groups, NR), 127, np.uint8)
     for e, (block, scale) in enumerate(zip(blocks, scales, strict=True)):
         require(name, f"blocks[{e}]", block, (n, groups, BLOCK // 2), (np.uint8,))
@@ -172,7 +198,9 @@ def pack_mxfp4(blocks: Sequence[Array], scales: Sequence[Array]) -> PackedMXFP4:
         for j in range(panels):
             part = slice(j * NR, min((j + 1) * NR, n))
             columns = part.stop - part.start
-            codes[e, j, :, :columns] = block[part].reshape(columns, -1).T
+            pairs = np.zeros(codes.shape[2:], np.uint8)
+            pairs[:, :columns] = block[part].reshape(columns, -1).T
+            codes[e, j] = _to_lines(pairs)
             packed[e, j, :, :columns] = scale[part].T
     return PackedMXFP4(codes.reshape(-1), packed.reshape(-1), len(blocks), n, groups * BLOCK)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 from numba import prange
 
 from pace_nb.kernels import jit, mxfp4_lanes
@@ -12,26 +15,37 @@ from pace_nb.kernels.words import dot_pairs, load_pairs
 from tests.kernels.bodies import BF16, F32, both, untested
 
 
-@jit.kernel
-def _mxfp4_kernel(y, codes, scales, ones, count):
-    for i in prange(count):
-        pairs = mxfp4_pairs(codes, 16 * i, mxfp4_exponents(scales, 16 * i))
-        for half in range(2):  # 1 times one half of each pair, 0 times the other
-            at = 16 * (2 * i + half)
-            store(y, at, dot_pairs(splat(0.0), pairs, load_pairs(ones, 32 * half)))
+def quarter_kernel(quarter: int) -> Any:
+    @jit.kernel
+    def _quarter_kernel(y, codes, scales, ones, count):
+        for i in prange(count):
+            pairs = mxfp4_pairs(codes, 64 * i, quarter, mxfp4_exponents(scales, 16 * i))
+            for half in range(2):  # 1 times one half of each pair, 0 times the other
+                at = 16 * (2 * i + half)
+                store(y, at, dot_pairs(splat(0.0), pairs, load_pairs(ones, 32 * half)))
+
+    return _quarter_kernel
 
 
-def test_mxfp4_expands_every_code_at_every_scale() -> None:
+@pytest.mark.parametrize("quarter", range(4))
+def test_mxfp4_expands_every_code_at_every_scale(quarter: int) -> None:
     scales = np.repeat(np.arange(2, 253, dtype=np.uint8), 16)
-    codes = np.resize(np.arange(256, dtype=np.uint8) * 17, len(scales))
-    codes[::2] = np.roll(codes, 5)[::2] ^ 0x5A
+    count = len(scales) // 16
+    pairs = np.resize(np.arange(256, dtype=np.uint8) * 17, len(scales))
+    pairs[::2] = np.roll(pairs, 5)[::2] ^ 0x5A
+    words = np.random.default_rng(0).integers(0, 2**16, (count, 16, 2), np.uint16)  # other quarters
+    words &= np.uint16(0xFFFF ^ (15 << 4 * quarter))
+    for half in range(2):
+        codes = (pairs >> 4 * half & 15).reshape(count, 16).astype(np.uint16)
+        words[..., half] |= codes << np.uint16(4 * quarter)
+    lines = words.reshape(-1).view(np.uint8)
     ones = np.zeros(64, BF16)
     ones[0:32:2] = ones[33::2] = 0x3F80
-    count = len(scales) // 16
-    y, expected = both(_mxfp4_kernel, np.empty(32 * count, F32), codes, scales, ones, count)
+    kernel = quarter_kernel(quarter)
+    y, expected = both(kernel, np.empty(32 * count, F32), lines, scales, ones, count)
     magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     table = np.concatenate((magnitudes, -magnitudes))
-    exact = np.stack((table[codes & 15], table[codes >> 4])).reshape(2, count, 16)
+    exact = np.stack((table[pairs & 15], table[pairs >> 4])).reshape(2, count, 16)
     exact = exact.swapaxes(0, 1) * 2.0 ** (scales.reshape(count, 1, 16) - 127.0)
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_array_equal(y.reshape(exact.shape), exact.astype(F32))
