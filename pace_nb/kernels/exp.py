@@ -92,7 +92,7 @@ CDF_K = 0.27000001072883606
 R0, R1, R2 = 0.10772065818309784, 0.10754293203353882, 0.10181018710136414
 R3, R4, R5 = 0.07205143570899963, 0.10782096534967422, -0.06920347362756729
 R6, R7, R8 = 0.16977931559085846, -0.12648235261440277, 0.028960343450307846
-FARTHEST = 15.0  # exp(-15^2 / 2) is 0
+FARTHEST = 14.49  # its square, halved, is just below -SMALLEST
 
 
 # ---- device functions ----------------------------------------------------------------------------
@@ -101,7 +101,13 @@ def exp(x):
     """e to the power of x, f32x16."""
     x = minimum(splat(LARGEST), maximum(splat(SMALLEST), x))
     n = round_half_even(x * splat(LOG2_E))
-    r = fma(n, splat(-LN2_LOW), fma(n, splat(-LN2_HIGH), x))
+    return _exp_from(n, fma(n, splat(-LN2_HIGH), x))
+
+
+@jit.device_fn
+def _exp_from(n, rest):
+    """e to the power of n LN2_HIGH + rest, f32x16."""
+    r = fma(n, splat(-LN2_LOW), rest)
     p = fma(fma(splat(P6), r, splat(P5)), r, splat(P4))
     p = fma(fma(p, r, splat(P3)), r, splat(P2))
     p = fma(fma(p, r, splat(1.0)), r, splat(1.0))
@@ -129,10 +135,10 @@ def sigmoid(x):
 def normal_cdf(x):
     """P(Z <= x) for a standard normal Z, f32x16."""
     a = minimum(splat(FARTHEST), absolute(x))
-    square = a * a
-    lost = fma(a, a, -square)  # what rounding the square took away
-    tail = exp(square * splat(-0.5))
-    tail = fma(tail, lost * splat(-0.5), tail)
+    # exp(-a^2 / 2): the power is rounded where it is small, after n ln 2 has been taken away.
+    half = a * splat(-0.5)
+    n = round_half_even(half * a * splat(LOG2_E))
+    tail = _exp_from(n, fma(half, a, n * splat(-LN2_HIGH)))
     t = splat(1.0) / fma(splat(CDF_K), a, splat(1.0))
     r = fma(fma(fma(splat(R8), t, splat(R7)), t, splat(R6)), t, splat(R5))
     r = fma(fma(fma(r, t, splat(R4)), t, splat(R3)), t, splat(R2))
