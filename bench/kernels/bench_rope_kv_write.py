@@ -29,9 +29,8 @@ def main() -> None:
         lens = np.array([0, tokens]), np.array([tokens])
         planned = kv_write.plan(pool.num_units, tokens, table, 1, *lens)
         turns = rotation(cos, sin, np.arange(tokens))
-        out = np.empty(
-            (tokens, HEADS, D), pool.k.dtype
-        )  # new pages each time would be the system's work
+        # Given: new pages each time would be the system's work.
+        out = np.empty((tokens, HEADS, D), pool.k.dtype)
         run = partial(rope_kv_write, heads, turns, pool, planned, out=out)
         case = f"T={tokens} H={HEADS}/{KV_HEADS} D={D}, f32 to bf16"
         rows.append(against_copy(case, run, 6 * heads.size))

@@ -12,12 +12,13 @@
 
 Moves: nothing, operands are registers.
 Does: exp 13 operations per vector, 8 of them fma: 21 FLOPs per element. exp2 9, 5 of them fma.
-    sigmoid 3 more than exp, normal_cdf 22 more (33 FLOPs), one a division each.
+    sigmoid 3 more than exp, normal_cdf 17 more (26 FLOPs), one a division each.
 Error: exp within 1 ULP (polynomial 3.2e-9 relative, the rest is rounding; 1.5 ULP without fma),
     denormal results too. r is exact but for its last rounding: ln 2 is split so that n times its
     upper part needs 17 bits. exp2 within 3 ULP (polynomial 9.3e-8 relative), whole powers exactly.
-    sigmoid within 2.5 ULP. normal_cdf within 8 ULP in both tails (R is good to 2.5e-8; the
-    rounding of a^2 is put right by the fma that finds it, so without fma it is 8 + x^2 / 2 ULP).
+    sigmoid within 2.5 ULP. normal_cdf within 8 ULP in both tails (R is good to 2.5e-8; a^2
+    is not rounded: an fma takes n times ln 2's upper part from it; without fma it is 8 + x^2 / 2
+    ULP).
 Cautions: exp(0) = 1 exactly, exp(-inf) = 0, 0 below -103.98, infinity above 88.7228, NaN stays NaN
     (both clamps keep their second operand where the comparison is unordered). sigmoid is 0 below
     -88.73, where the exact value is a denormal. Use normal_cdf, not 0.5 + 0.5 erf: that loses all

@@ -87,12 +87,12 @@ UNEVEN = (3, 5, 7)
 # needs it: 4 KiB, where the hardware's prefetcher, which stops at the end of a page, is not yet.
 # TALL rows, which take their time, ask FURTHER ahead and into L2: what is asked for into L1 has
 # been pushed out again, by their own rows and spills, when they come to it. (16 to 128 steps were
-# tried: more than 28 cost 7 % where DRAM is slow, fewer than 26 up to 15 % where it is fast.)
+# tried: more than 28 cost 7 % where DRAM is slow, fewer than 26 up to 19 % where it is fast.)
 AHEAD = 1024 // NR
 FURTHER = 1664 // NR
 # While a block meets its last rows, the next one is asked for, so that its first rows find it in
 # L2: DRAM would feed them four times slower than they compute. Earlier, A would push it out again.
-# (With 9 to 11 rows, in tiles of 6, 2 and 1, some lines are left to the hardware's prefetcher.)
+# (With 9 to 11 rows, in tiles of 6, 4, 2 and 1, some lines are left to the hardware's prefetcher.)
 ASKING = 48
 LINES = NR // 16  # of a panel, in a step of k
 AT_ONCE = min(LINES, 2)  # lines that are asked for in a step
@@ -306,7 +306,7 @@ def _block(
     asking = min(end - row0, ASKING + (end - row0 - ASKING) % MR)
     rate = (LINES << FRACTION) // (AT_ONCE * asking)
     if m <= TALL:
-        rate = ONCE if m == 1 else ONCE_SLOWLY if m > MR else 0
+        rate = ONCE if m == 1 else ONCE_SLOWLY if m == TALL > MR else 0
     i = row0
     while i < end:
         late = i - (end - asking)

@@ -75,8 +75,8 @@ def mxfp4_pairs(codes: np.ndarray, i: int, quarter: int, exponents: np.ndarray) 
 
 
 def _pairs_type(codes: Any, i: Any, quarter: Any, exponents: Any) -> Any:
-    ours = _is_bytes(codes) and isinstance(quarter, types.IntegerLiteral) and exponents == i32x16
-    return bf16x32 if ours else None
+    literal = isinstance(quarter, types.IntegerLiteral) and 0 <= quarter.literal_value < 4
+    return bf16x32 if literal and _is_bytes(codes) and exponents == i32x16 else None
 
 
 @llvm_body(mxfp4_pairs, _pairs_type)

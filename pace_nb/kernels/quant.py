@@ -37,8 +37,9 @@ import numpy as np
 from numba import prange
 
 from pace_nb.kernels import jit
-from pace_nb.kernels.arrays import Array, contiguous, require
+from pace_nb.kernels.arrays import Array, contiguous, require, writable
 from pace_nb.kernels.bf16 import narrow, to_f32
+from pace_nb.kernels.memory import empty
 from pace_nb.kernels.moe import check_offsets, grouped_gemm_ref, pad_bias
 from pace_nb.kernels.mxfp4_lanes import MXFP4_TABLE, mxfp4_exponents, mxfp4_pairs
 from pace_nb.kernels.tiles import tile_dot_pairs, tile_load, tile_store, tile_store_tail, tile_zeros
@@ -83,7 +84,15 @@ def unpack_mxfp4(weight: PackedMXFP4, e: int) -> tuple[Array, Array]:
     return blocks, scales.transpose(0, 2, 1).reshape(panels * NR, -1)[: weight.n]
 
 
-# ---- lines ---------------------------------------------------------------------------------------
+def pack_mxfp4_ref(blocks: Array, scales: Array) -> tuple[Array, Array]:
+    """blocks [N, K/32, 16], scales [N, K/32] of an expert -> codes [N/64, K/2, 64], scales [N/64,
+    K/32, 64], with codes of 0 and scales of 1 where N is padded."""
+    padding = ((0, -len(blocks) % NR), (0, 0))
+    pairs = np.pad(blocks.reshape(len(blocks), -1), padding).reshape(-1, NR, blocks[0].size)
+    powers = np.pad(scales, padding, constant_values=127).reshape(-1, NR, scales.shape[1])
+    return _to_lines(pairs.transpose(0, 2, 1)), powers.transpose(0, 2, 1)
+
+
 def _regrouped(x: Array, y: Array) -> tuple[Array, Array]:
     """Bytes of the lower codes of both, and of the upper ones. Done twice, it is undone."""
     return (x & 15) | (y << 4), (x >> 4) | (y & 0xF0)
@@ -173,36 +182,97 @@ def _grouped_gemm_mxfp4_kernel(a, codes, scales, busy, offsets, bias, c, n, k, p
         _panel(a, row * k, codes, scales, e * panels + j, bias, column, c, at, n, m, k, width)
 
 
+@jit.kernel
+def _pack_mxfp4_kernel(blocks, scales, words, packed, n, width, groups):
+    """blocks [n, width], scales [n, groups] into words [panels, width, 32] of 16 bits, and packed
+    [panels, groups, NR]."""
+    for j in prange((n + NR - 1) // NR):  # one panel per task
+        for p in range(width):
+            for c in range(16):
+                even, odd = 0, 0
+                for quarter in range(4):
+                    row = j * NR + 16 * quarter + c
+                    if row < n:
+                        pair = np.uint32(blocks[row * width + p])
+                        even |= (pair & 15) << 4 * quarter
+                        odd |= (pair >> 4) << 4 * quarter
+                at = (j * width + p) * 32 + 2 * c
+                words[at], words[at + 1] = even, odd
+        for g in range(groups):
+            for c in range(NR):
+                row = j * NR + c
+                packed[(j * groups + g) * NR + c] = scales[row * groups + g] if row < n else 127
+
+
 # ---- public wrappers -----------------------------------------------------------------------------
+def new_mxfp4(num_experts: int, n: int, k: int) -> PackedMXFP4:
+    """Weights of X experts [N, K], K a multiple of 32, to be filled by `pack_mxfp4_expert`."""
+    if min(num_experts, n, k) < 1 or k % BLOCK:
+        raise ValueError(
+            f"new_mxfp4: {num_experts} experts ({n}, {k}), expected at least one, a row, and a"
+            f" multiple of {BLOCK} columns"
+        )
+    size = num_experts * -(-n // NR) * NR * k
+    return PackedMXFP4(
+        empty(size // 2, np.uint8), empty(size // BLOCK, np.uint8), num_experts, n, k
+    )
+
+
+def pack_mxfp4_expert(weight: PackedMXFP4, e: int, blocks: Array, scales: Array) -> None:
+    """Put expert e, blocks uint8 [N, K/32, 16] and scales uint8 [N, K/32], into its place.
+
+    ValueError for scales outside 2 .. 252, whose values BF16 cannot hold as normal numbers.
+    """
+    name, groups = "pack_mxfp4", weight.k // BLOCK
+    _check_packed(name, weight)
+    if not 0 <= e < weight.num_experts:
+        raise ValueError(f"{name}: expert {e}, expected 0 to {weight.num_experts - 1}")
+    require(name, f"blocks[{e}]", blocks, (weight.n, groups, BLOCK // 2), (np.uint8,))
+    require(name, f"scales[{e}]", scales, (weight.n, groups), (np.uint8,))
+    if scales.min() < LOWEST or scales.max() > HIGHEST:
+        raise ValueError(
+            f"{name}: scales[{e}] holds {scales.min()} to {scales.max()}, "
+            f"expected {LOWEST} to {HIGHEST}"
+        )
+    writable(name, "weight.codes", weight.codes)
+    writable(name, "weight.scales", weight.scales)
+    codes = weight.codes.reshape(weight.num_experts, -1)[e]
+    packed = weight.scales.reshape(weight.num_experts, -1)[e]
+    if jit.use_reference():
+        lines, powers = pack_mxfp4_ref(blocks, scales)
+        codes[...], packed[...] = lines.reshape(-1), powers.reshape(-1)
+        return
+    given = [np.ascontiguousarray(x).reshape(-1) for x in (blocks, scales)]
+    for x in given:
+        x.flags.writeable = False  # one type, whatever the source: a kernel compiles once
+    with jit.threads_for(blocks.nbytes):
+        width = groups * BLOCK // 2
+        _pack_mxfp4_kernel(*given, codes.view(np.uint16), packed, weight.n, width, groups)
+
+
 def pack_mxfp4(blocks: Sequence[Array], scales: Sequence[Array]) -> PackedMXFP4:
     """Pack X experts: blocks[e] uint8 [N, K/32, 16] and scales[e] uint8 [N, K/32].
 
-    ValueError for scales outside 2 .. 252, whose values BF16 cannot hold as normal numbers.
+    Errors as `pack_mxfp4_expert`.
     """
     name = "pack_mxfp4"
     if not blocks or len(blocks) != len(scales):
         raise ValueError(f"{name}: found {len(blocks)} blocks and {len(scales)} scales")
     require(name, "blocks[0]", blocks[0], ("N", "K/32", BLOCK // 2), (np.uint8,))
     n, groups = blocks[0].shape[:2]
-    panels = -(-n // NR)
-    codes = np.empty((len(blocks), panels, groups * BLOCK // 2, NR), np.uint8)
-    packed = np.full((len(blocks), panels, groups, NR), 127, np.uint8)
+    weight = new_mxfp4(len(blocks), n, groups * BLOCK)
     for e, (block, scale) in enumerate(zip(blocks, scales, strict=True)):
-        require(name, f"blocks[{e}]", block, (n, groups, BLOCK // 2), (np.uint8,))
-        require(name, f"scales[{e}]", scale, (n, groups), (np.uint8,))
-        if scale.size and (scale.min() < LOWEST or scale.max() > HIGHEST):
-            raise ValueError(
-                f"{name}: scales[{e}] holds {scale.min()} to {scale.max()}, "
-                f"expected {LOWEST} to {HIGHEST}"
-            )
-        for j in range(panels):
-            part = slice(j * NR, min((j + 1) * NR, n))
-            columns = part.stop - part.start
-            pairs = np.zeros(codes.shape[2:], np.uint8)
-            pairs[:, :columns] = block[part].reshape(columns, -1).T
-            codes[e, j] = _to_lines(pairs)
-            packed[e, j, :, :columns] = scale[part].T
-    return PackedMXFP4(codes.reshape(-1), packed.reshape(-1), len(blocks), n, groups * BLOCK)
+        pack_mxfp4_expert(weight, e, block, scale)
+    return weight
+
+
+def _check_packed(name: str, weight: PackedMXFP4) -> None:
+    """`weight` must be what its numbers say."""
+    size = weight.num_experts * -(-weight.n // NR) * NR * weight.k
+    require(name, "weight.codes", weight.codes, (size // 2,), (np.uint8,))
+    require(name, "weight.scales", weight.scales, (size // BLOCK,), (np.uint8,))
+    contiguous(name, "weight.codes", weight.codes)
+    contiguous(name, "weight.scales", weight.scales)
 
 
 def grouped_gemm_mxfp4(
@@ -215,10 +285,7 @@ def grouped_gemm_mxfp4(
     """
     name, count, n, k = "grouped_gemm_mxfp4", weight.num_experts, weight.n, weight.k
     panels = -(-n // NR)
-    require(name, "weight.codes", weight.codes, (count * panels * NR * k // 2,), (np.uint8,))
-    require(name, "weight.scales", weight.scales, (count * panels * NR * k // BLOCK,), (np.uint8,))
-    contiguous(name, "weight.codes", weight.codes)
-    contiguous(name, "weight.scales", weight.scales)
+    _check_packed(name, weight)
     require(name, "x", x, ("R", k), (np.uint16,))
     check_offsets(name, offsets, count, len(x))
     if bias is not None:

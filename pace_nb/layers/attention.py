@@ -156,6 +156,11 @@ class Attention:
         """
         view, pool = step.kv.views[self._layer_index], step.kv.layer(self._layer_index)
         turns = step.unturned if rotation is None else rotation
+        if qkv.ndim != 2 or qkv.shape[1] % pool.head_dim or not qkv.flags.c_contiguous:
+            raise ValueError(
+                f"attention: qkv has shape {qkv.shape}, expected contiguous rows of heads of"
+                f" {pool.head_dim}"
+            )
         heads = qkv.reshape(len(qkv), -1, pool.head_dim)
         queries = rope_kv_write(heads, turns, pool, step.writes(view, pool), norms)
         decode, prefill = step.calls(queries.shape, view, pool, self.window, self.chunk)

@@ -171,17 +171,10 @@ class MXFP4ExpertLinear(ExpertLinear):
                 for e in range(self.num_experts)
             )
             return self._pack_floats((w.astype(np.float32) for w in expanded), np.float32)[1]
-        packed = [
-            quant.pack_mxfp4([blocks[e][self._order]], [scales[e][self._order]])
-            for e in range(self.num_experts)
-        ]
-        return quant.PackedMXFP4(
-            np.concatenate([one.codes for one in packed]),
-            np.concatenate([one.scales for one in packed]),
-            self.num_experts,
-            self.out_features,
-            self.in_features,
-        )
+        packed = quant.new_mxfp4(self.num_experts, self.out_features, self.in_features)
+        for e in range(self.num_experts):
+            quant.pack_mxfp4_expert(packed, e, blocks[e][self._order], scales[e][self._order])
+        return packed
 
 
 def _evens_first(n: int) -> Int64Array:

@@ -167,7 +167,7 @@ class Llama4Attention(Module):
     def __call__(self, x: NDArray[Any], rotation: Rotation, step: Step) -> Float32Array:
         """x storage[T, E] -> f32[T, E]."""
         qkv = self.qkv_proj(x)
-        heads = qkv.reshape(len(x), -1, self._config.head_dim)
+        heads = qkv.reshape(len(x), -1, self._config.head_dim)  # a view: qkv is what changes
         keys = self._config.num_attention_heads  # the first of them, after the query heads
         values = keys + self._config.num_key_value_heads
         if self._rotates:

@@ -122,7 +122,7 @@ class PhiAttention(Module):
         """x storage[T, E] -> f32[T, E]."""
         qkv = self.qkv_proj(x)
         if self.q_layernorm is not None and self.k_layernorm is not None:
-            heads = qkv.reshape(len(x), -1, self._head_dim)
+            heads = qkv.reshape(len(x), -1, self._head_dim)  # a view: qkv is what is normalized
             keys, values = self._num_heads, self._num_heads + self._num_kv_heads  # their first
             heads[:, :keys] = self.q_layernorm.of_heads(heads[:, :keys])
             heads[:, keys:values] = self.k_layernorm.of_heads(heads[:, keys:values])

@@ -124,6 +124,13 @@ def test_normal_cdf_is_within_its_bound_in_both_tails() -> None:
     given = [math.inf, -math.inf, math.nan, -40.0, 40.0, -1e30, 1e30]
     np.testing.assert_array_equal(apply(2, given), np.float32([1, 0, math.nan, 0, 1, 0, 1]))
     assert abs(apply(2, [0.0])[0] - 0.5) <= 2**-23
+    # Denormal results are exact to their last place; at the last argument they are 0.
+    far = np.linspace(-14.6, -12.9, POINTS // 4).astype(np.float32)
+    bound = 2.0**-149 * (8 if FUSED else 8 + 14.6**2 / 2)
+    assert np.abs(apply(2, far) - normal_cdf_ref(far)).max() <= bound
+    last = np.float32(14.49)
+    near = [np.nextafter(-last, np.float32(0)), -last, np.nextafter(-last, np.float32(-15)), -14.6]
+    assert apply(2, near).max() <= 2.0**-149 and apply(2, near[1:]).max() == 0
 
 
 def test_references_are_the_functions() -> None:

@@ -342,18 +342,45 @@ def test_the_next_block_is_asked_for(monkeypatch: pytest.MonkeyPatch, m: int) ->
 
 
 @pytest.mark.skipif(not jit.INTERPRETED, reason="looks at what is asked for, interpreted")
-@pytest.mark.parametrize("m", [1, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 8])
 def test_a_block_that_is_read_once_is_asked_for_once_or_not_at_all(
     monkeypatch: pytest.MonkeyPatch, m: int
 ) -> None:
-    asked: list[int] = []
-    for name in ("prefetch", "prefetch_once"):
-        monkeypatch.setattr(gemm_module, name, lambda b, at: asked.append(at // 32))
+    asked: dict[str, list[int]] = {"prefetch": [], "prefetch_once": []}
+    for name, lines in asked.items():
+        monkeypatch.setattr(gemm_module, name, lambda b, at, to=lines: to.append(at // 32))
     k = 150
     gemm(np.zeros((m, k), np.uint16), pack_weight(np.zeros((NR, k), np.uint16)))
-    ahead = {1: gemm_module.AHEAD, 8: gemm_module.FURTHER}.get(m, 0)
-    first, lines = ahead * NR * 2 // 32, NR * k // 32
-    assert asked == (list(range(first, first + lines)) if ahead else [])  # 5 rows are 6
+
+    def panel(ahead: int) -> list[int]:
+        first = ahead * NR * 2 // 32
+        return list(range(first, first + NR * k // 32))
+
+    assert asked["prefetch_once"] == (panel(gemm_module.AHEAD) if m == 1 else [])
+    assert asked["prefetch"] == (panel(gemm_module.FURTHER) if m == 8 else [])  # 5 rows are 6
+
+
+@pytest.mark.skipif(not jit.INTERPRETED, reason="looks at what is asked for, interpreted")
+def test_seven_rows_of_an_expert_ask_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    for name in ("prefetch", "prefetch_once"):
+        monkeypatch.setattr(gemm_module, name, lambda b, at: asked.append(at))
+    x, w = np.zeros((7, 150), np.uint16), np.zeros((NR, 150), np.uint16)
+    moe.grouped_gemm(x, moe.pack_experts([w]), np.array([0, 7]))
+    assert not asked  # tiles of 6 and 1
+
+
+@pytest.mark.skipif(not jit.INTERPRETED, reason="calls a device function")
+@pytest.mark.parametrize(
+    ("m", "cut"),
+    [(8, [8]), (14, [6, 4, 4]), (20, [6, 6, 4, 4]), (32, [6, 6, 6, 6, 4, 4]), (10, [6, 4])],
+)
+def test_eight_rows_left_are_two_tiles_of_four(m: int, cut: list[int]) -> None:
+    left, tiles = m, []
+    while left:
+        tiles.append(min(gemm_module._height(left, m), left))
+        left -= tiles[-1]
+    assert tiles == cut
 
 
 def test_uneven_rows_are_one_tile() -> None:

@@ -15,7 +15,9 @@ from pace_nb.kernels.quant import (
     dequantize_mxfp4_ref,
     grouped_gemm_mxfp4,
     grouped_gemm_mxfp4_ref,
+    new_mxfp4,
     pack_mxfp4,
+    pack_mxfp4_expert,
     unpack_mxfp4,
 )
 
@@ -62,6 +64,37 @@ def test_has_the_bits_of_the_expanded_bf16_product(
             grouped_gemm_mxfp4(x, packed, offsets, b),
             grouped_gemm(x, pack_experts(expanded), offsets, b),
         )
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (70, 96), (9, 64), (130, 32)])
+def test_packing_has_the_layout_of_its_reference(shape: tuple[int, int]) -> None:
+    blocks, scales = experts(np.random.default_rng(5), 3, *shape)
+    packed = pack_mxfp4(blocks, scales)
+    with jit.using("reference"):
+        again = pack_mxfp4(blocks, scales)
+    np.testing.assert_array_equal(packed.codes, again.codes)
+    np.testing.assert_array_equal(packed.scales, again.scales)
+    column, k = shape[0] - 1, 3  # one code, by the layout's own words
+    word = packed.codes.view(np.uint16).reshape(3, -1, shape[1] // 2, 16, 2)
+    found = word[2, column // 64, k // 2, column % 16, k % 2] >> (column % 64 // 16 * 4) & 15
+    assert found == blocks[2][column, 0, k // 2] >> 4
+    assert packed.codes.ctypes.data % 64 == packed.scales.ctypes.data % 64 == 0
+
+
+def test_an_expert_is_packed_into_its_place() -> None:
+    blocks, scales = experts(np.random.default_rng(6), 3, 20, 64)
+    packed = new_mxfp4(3, 20, 64)
+    for e in (2, 0, 1):
+        pack_mxfp4_expert(packed, e, blocks[e], scales[e])
+    for mine, whole in zip(packed, pack_mxfp4(blocks, scales), strict=True):
+        np.testing.assert_array_equal(mine, whole)
+    with pytest.raises(ValueError, match="expert 3, expected 0 to 2"):
+        pack_mxfp4_expert(packed, 3, blocks[0], scales[0])
+    with pytest.raises(ValueError, match=r"new_mxfp4: 2 experts \(20, 48\), expected .* of 32 col"):
+        new_mxfp4(2, 20, 48)
+    for wrong in (packed._replace(codes=packed.codes[:-1]), packed._replace(num_experts=4)):
+        with pytest.raises(ValueError, match=r"weight\.codes has shape"):
+            pack_mxfp4_expert(wrong, 0, blocks[0], scales[0])
 
 
 def test_scales_at_the_ends_of_the_range() -> None:
