@@ -84,7 +84,7 @@ def unpack_mxfp4(weight: PackedMXFP4, e: int) -> tuple[Array, Array]:
     return blocks, scales.transpose(0, 2, 1).reshape(panels * NR, -1)[: weight.n]
 
 
-def pack_mxfp4_ref(blocks: Array, scales: Array) -> tuple[Array, Array]:
+def pack_mxfp4_expert_ref(blocks: Array, scales: Array) -> tuple[Array, Array]:
     """blocks [N, K/32, 16], scales [N, K/32] of an expert -> codes [N/64, K/2, 64], scales [N/64,
     K/32, 64], with codes of 0 and scales of 1 where N is padded."""
     padding = ((0, -len(blocks) % NR), (0, 0))
@@ -189,7 +189,7 @@ def _pack_mxfp4_kernel(blocks, scales, words, packed, n, width, groups):
     for j in prange((n + NR - 1) // NR):  # one panel per task
         for p in range(width):
             for c in range(16):
-                even, odd = 0, 0
+                even, odd = np.uint32(0), np.uint32(0)
                 for quarter in range(4):
                     row = j * NR + 16 * quarter + c
                     if row < n:
@@ -239,7 +239,7 @@ def pack_mxfp4_expert(weight: PackedMXFP4, e: int, blocks: Array, scales: Array)
     codes = weight.codes.reshape(weight.num_experts, -1)[e]
     packed = weight.scales.reshape(weight.num_experts, -1)[e]
     if jit.use_reference():
-        lines, powers = pack_mxfp4_ref(blocks, scales)
+        lines, powers = pack_mxfp4_expert_ref(blocks, scales)
         codes[...], packed[...] = lines.reshape(-1), powers.reshape(-1)
         return
     given = [np.ascontiguousarray(x).reshape(-1) for x in (blocks, scales)]
