@@ -102,13 +102,7 @@ def exp(x):
     """e to the power of x, f32x16."""
     x = minimum(splat(LARGEST), maximum(splat(SMALLEST), x))
     n = round_half_even(x * splat(LOG2_E))
-    return _exp_from(n, fma(n, splat(-LN2_HIGH), x))
-
-
-@jit.device_fn
-def _exp_from(n, rest):
-    """e to the power of n LN2_HIGH + rest, f32x16."""
-    r = fma(n, splat(-LN2_LOW), rest)
+    r = fma(n, splat(-LN2_LOW), fma(n, splat(-LN2_HIGH), x))
     p = fma(fma(splat(P6), r, splat(P5)), r, splat(P4))
     p = fma(fma(p, r, splat(P3)), r, splat(P2))
     p = fma(fma(p, r, splat(1.0)), r, splat(1.0))
@@ -136,10 +130,15 @@ def sigmoid(x):
 def normal_cdf(x):
     """P(Z <= x) for a standard normal Z, f32x16."""
     a = minimum(splat(FARTHEST), absolute(x))
-    # exp(-a^2 / 2): the power is rounded where it is small, after n ln 2 has been taken away.
+    # exp(-a^2 / 2), as `exp` does it without clamps, but that the power is rounded where it is
+    # small: after n ln 2 has been taken from it.
     half = a * splat(-0.5)
     n = round_half_even(half * a * splat(LOG2_E))
-    tail = _exp_from(n, fma(half, a, n * splat(-LN2_HIGH)))
+    r = fma(n, splat(-LN2_LOW), fma(half, a, n * splat(-LN2_HIGH)))
+    p = fma(fma(splat(P6), r, splat(P5)), r, splat(P4))
+    p = fma(fma(p, r, splat(P3)), r, splat(P2))
+    p = fma(fma(p, r, splat(1.0)), r, splat(1.0))
+    tail = scale_pow2(p, n)
     t = splat(1.0) / fma(splat(CDF_K), a, splat(1.0))
     r = fma(fma(fma(splat(R8), t, splat(R7)), t, splat(R6)), t, splat(R5))
     r = fma(fma(fma(r, t, splat(R4)), t, splat(R3)), t, splat(R2))
